@@ -1,0 +1,145 @@
+"""A dataset as a diffusion trainer wants it: latents and caption embeddings, encoded once and read from the cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gigdiff.data.cache import ContentStore, content_key, fill
+from gigdiff.data.captions import compose_captions
+from gigdiff.data.loading import ProductDataset
+from gigdiff.images import fit_image, to_model
+from gigdiff.text import TextEncoder
+
+__all__ = ["EncodedProducts", "model_fingerprint"]
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits of a model's weights and config: what a cache of its outputs depends on."""
+    parts: list[bytes | str] = [type(model).__name__, repr(sorted(dict(getattr(model, "config", {})).items(), key=str))]
+    for name, tensor in sorted(model.state_dict().items()):
+        parts += [name, tensor.detach().float().cpu().contiguous().numpy().tobytes()]
+    return content_key(*parts).hex()[:16]
+
+
+def _bar(what: str, total: int) -> Any:
+    return tqdm(total=total, desc=what, file=sys.stderr, mininterval=5, disable=total == 0)
+
+
+class EncodedProducts:
+    """Latents of every photo and embeddings of `captions_per_image` captions of each.
+
+    Args:
+        dataset: the products.
+        vae: a trained autoencoder with `encode`.
+        text_encoder: the encoder of captions; "" (for prompt dropout) is always encoded too.
+        height, width: what photos are fitted into, pixels.
+        captions_per_image: how many wordings of each product; epoch e uses wording e mod this.
+        cache_dir: where encodings are kept.
+        seed: of the wordings.
+        share: (process, processes): this process encodes only its share; call `refresh` after all are done.
+    """
+
+    def __init__(
+        self,
+        dataset: ProductDataset,
+        vae: Any,
+        text_encoder: TextEncoder,
+        *,
+        height: int,
+        width: int,
+        captions_per_image: int,
+        cache_dir: str | Path,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.dataset = dataset
+        self.captions_per_image = captions_per_image
+        fingerprint = content_key(model_fingerprint(vae), f"{height}x{width}").hex()[:16]
+        self._latents = ContentStore(cache_dir, "latents", fingerprint)
+        self._texts = ContentStore(cache_dir, "texts", text_encoder.fingerprint)
+        self._image_keys = [content_key(dataset.image_bytes(i)) for i in range(len(dataset))]
+        wordings = [compose_captions(record, captions_per_image, seed=seed) for record in dataset.records()]
+        self.captions = [caption for one in wordings for caption in one]
+        self._caption_keys = [content_key(caption) for caption in self.captions]
+        self._empty_key = content_key("")
+        self.cut: dict[str, str] = {}
+        self._fill_latents(vae, height, width, share)
+        self._fill_texts(text_encoder, share)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def refresh(self) -> None:
+        """Read what other processes have encoded."""
+        self._latents.refresh()
+        self._texts.refresh()
+
+    @torch.no_grad()
+    def _fill_latents(self, vae: Any, height: int, width: int, share: tuple[int, int]) -> None:
+        mine = range(share[0], len(self.dataset), share[1])
+        device = next(vae.parameters()).device
+
+        def encode(chosen: list[int]) -> list[np.ndarray]:
+            pixels = np.stack([fit_image(self.dataset[mine[i]].image, height, width) for i in chosen])  # type: ignore[arg-type]
+            latents = vae.encode(to_model(pixels).to(device)).latent_dist.mode()
+            return list(latents.float().cpu().numpy().astype(np.float16)[:, None])
+
+        keys = [self._image_keys[i] for i in mine]
+        with _bar("encoding photos", len({key for key in keys if key not in self._latents})) as bar:
+            fill(self._latents, keys, encode, batch_size=64, on_progress=lambda done, _: bar.update(done - bar.n))
+
+    @torch.no_grad()
+    def _fill_texts(self, encoder: TextEncoder, share: tuple[int, int]) -> None:
+        # Sorted by length, so that a batch is padded little; "" first, so that every process has it.
+        texts = sorted(dict.fromkeys(self.captions), key=len)[share[0] :: share[1]]
+        texts = ["", *texts]
+
+        def encode(chosen: list[int]) -> list[np.ndarray]:
+            batch = [texts[i] for i in chosen]
+            longest = min(encoder.max_length, max(encoder.count(text) for text in batch))
+            on_cpu = encoder.device.type == "cpu"
+            with torch.autocast("cpu", torch.bfloat16, enabled=on_cpu):
+                embedding = encoder.encode(batch, pad_to=longest)
+            self.cut |= {text: cut for text, cut in zip(batch, embedding.cut, strict=True) if cut}
+            rows = torch.cat([embedding.pooled.unsqueeze(1), embedding.tokens], 1).cpu().numpy().astype(np.float16)
+            return [row[: 1 + int(count)] for row, count in zip(rows, embedding.mask.sum(1), strict=True)]
+
+        keys = [content_key(text) for text in texts]
+        with _bar("encoding captions", sum(key not in self._texts for key in keys)) as bar:
+            fill(self._texts, keys, encode, batch_size=128, on_progress=lambda done, _: bar.update(done - bar.n))
+
+    def latents(self, indices: Sequence[int]) -> torch.Tensor:
+        """float32 (len(indices), C, height/8, width/8)."""
+        stacked = np.concatenate([self._latents.get(self._image_keys[i]) for i in indices])
+        return torch.from_numpy(stacked.astype(np.float32))
+
+    def caption(self, index: int, wording: int) -> str:
+        """Wording `wording` (taken modulo captions_per_image) of product `index`."""
+        return self.captions[index * self.captions_per_image + wording % self.captions_per_image]
+
+    def conditions(self, choices: Sequence[tuple[int, int] | None], length: int) -> torch.Tensor:
+        """float32 (len(choices), 1 + length, D), as `TextEmbedding.condition` gives: pooled, tokens, zeros.
+
+        A choice is (index, wording), or None for the empty prompt.
+        """
+        items = [
+            self._texts.get(
+                self._empty_key
+                if choice is None
+                else self._caption_keys[choice[0] * self.captions_per_image + choice[1] % self.captions_per_image]
+            )
+            for choice in choices
+        ]
+        dim = items[0].shape[-1]
+        out = np.zeros((len(items), 1 + length, dim), np.float32)
+        for row, item in zip(out, items, strict=True):
+            row[: len(item)] = item
+            row[0] *= dim**0.5
+        return torch.from_numpy(out)

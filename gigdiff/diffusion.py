@@ -1,0 +1,88 @@
+"""Diffusion mathematics as small pure functions: noise levels, prediction targets, losses, guidance.
+
+Notation of Karras et al. 2022 (arXiv 2206.00364) over diffusers' variance-preserving schedules: a clean latent x, unit
+Gaussian noise e and a noise level sigma give the noisy latent
+
+    z = alpha x + beta e,     alpha = 1 / sqrt(1 + sigma^2),     beta = sigma / sqrt(1 + sigma^2),
+
+and alphas_cumprod[t] of a diffusers scheduler is alpha^2 at integer timestep t.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "add_noise",
+    "clean_from_velocity",
+    "guided",
+    "log_sigmas",
+    "min_snr_weight",
+    "noise_from_velocity",
+    "timesteps_of",
+    "velocity",
+]
+
+
+def log_sigmas(alphas_cumprod: Tensor) -> Tensor:
+    """log sigma_t (T,) of a scheduler's alphas_cumprod (T,): sigma^2 = (1 - a) / a. Increasing in t."""
+    a = alphas_cumprod.double()
+    return (0.5 * ((1 - a) / a).log()).float()
+
+
+def timesteps_of(log_sigma: Tensor, table: Tensor) -> Tensor:
+    """Fractional timesteps (N,) in [0, T - 1] at which the schedule has `log_sigma` (N,), by linear interpolation.
+
+    `table` is `log_sigmas(...)`. The UNet's sinusoidal time embedding takes fractions, so training can draw noise levels
+    from a continuous law and inference use the scheduler's integers.
+    """
+    above = torch.searchsorted(table, log_sigma.clamp(table[0], table[-1])).clamp(1, len(table) - 1)
+    low, high = table[above - 1], table[above]
+    fraction = ((log_sigma - low) / (high - low)).clamp(0, 1)
+    return (above - 1) + fraction
+
+
+def _alpha_beta(log_sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and beta of `log_sigma` (N,), shaped to broadcast over `like` (N, ...)."""
+    sigma = log_sigma.exp().view(-1, *[1] * (like.ndim - 1))
+    alpha = (1 + sigma.square()).rsqrt()
+    return alpha, sigma * alpha
+
+
+def add_noise(x: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
+    """z = alpha x + beta e. x and noise (N, ...), log_sigma (N,)."""
+    alpha, beta = _alpha_beta(log_sigma, x)
+    return alpha * x + beta * noise
+
+
+def velocity(x: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
+    """v = alpha e - beta x, the target of v-prediction (Salimans and Ho 2022, arXiv 2202.00512, section 4).
+
+    For unit-variance x its squared error equals EDM's preconditioned and weighted loss.
+    """
+    alpha, beta = _alpha_beta(log_sigma, x)
+    return alpha * noise - beta * x
+
+
+def clean_from_velocity(z: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
+    """x = alpha z - beta v."""
+    alpha, beta = _alpha_beta(log_sigma, z)
+    return alpha * z - beta * v
+
+
+def noise_from_velocity(z: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
+    """e = beta z + alpha v."""
+    alpha, beta = _alpha_beta(log_sigma, z)
+    return beta * z + alpha * v
+
+
+def min_snr_weight(log_sigma: Tensor, gamma: float) -> Tensor:
+    """Weight (N,) on a v-prediction loss: min(SNR, gamma) / (SNR + 1), SNR = sigma^-2 (Hang et al. 2023, 2303.09556)."""
+    snr = (-2 * log_sigma).exp()
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
+def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """uncond + w (cond - uncond) (Ho and Salimans 2022, arXiv 2207.12598, in diffusers' convention: w = 1 is off)."""
+    return unconditional + scale * (conditional - unconditional)

@@ -1,0 +1,437 @@
+"""Diffusion models that draw: the embedded layout with its own sampling loop, and any other diffusers pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigdiff.attention import set_attention
+from gigdiff.diffusion import guided
+from gigdiff.errors import ModelMismatchError, ModelNotFoundError, NumericalError
+from gigdiff.generators.request import Capabilities, GenerationRequest, GenerationResult, validate
+from gigdiff.images import to_model, to_uint8
+from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.text import TextEncoder, load_text_encoder
+
+__all__ = ["DiffusionGenerator", "PipelineGenerator", "save_folder"]
+
+OnStep = Callable[[int, int], None]
+
+
+class DiffusionGenerator:
+    """Text tokens -> latents by a UNet -> pixels by the autoencoder, for gigdiff's own model folders.
+
+    On a CPU that has bfloat16 instructions everything runs under bfloat16 autocast, elsewhere on CPUs in float32. Both
+    are exact in this sense: an image is the same bits in any batch (bfloat16 kernels were seen not to depend on the batch;
+    float32 ones do, so there images are drawn one by one). On CUDA this is not promised.
+
+    Args:
+        unet: UNet2DConditionModel conditioned on `TextEmbedding.condition()`.
+        vae: the autoencoder, latents of unit variance.
+        scheduler: any diffusers scheduler with `set_timesteps`, `step` and `alphas_cumprod`.
+        text_encoder: what the UNet was trained with.
+        name: reported as the model's id.
+        folder: where the weights lie.
+        height, width, num_inference_steps, guidance_scale: what it draws when not told otherwise.
+        guidance_interval: (low, high) of sigma within which guidance is applied (Kynkäänniemi et al. 2024,
+            arXiv 2404.07724); outside it one forward pass does.
+        dtype: torch.float32, torch.bfloat16 or float16; None chooses for the device.
+        attention: see gigdiff.attention.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        vae: ProductAutoencoder,
+        scheduler: Any,
+        text_encoder: TextEncoder,
+        *,
+        name: str,
+        folder: Path | None = None,
+        height: int = 80,
+        width: int = 64,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 2.0,
+        guidance_interval: tuple[float, float] = (0.0, float("inf")),
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+    ) -> None:
+        self.name, self.folder = name, folder
+        self.device = torch.device(device)
+        if dtype is None:
+            fast = self.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            dtype = torch.bfloat16 if fast else torch.float32
+        self.dtype = dtype
+        # Weights stay float32: autocast rounds them once a call, and a LoRA or an EMA copy can be put in at any time.
+        # (torch's own `to`: diffusers' warns of modules to keep in float32 even where there are none.)
+        move = torch.nn.Module.to
+        self.unet: Any = move(unet, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.vae: Any = move(vae, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.scheduler = scheduler
+        self.text_encoder = text_encoder
+        self.guidance_interval = guidance_interval
+        self.attention = set_attention(self.unet, attention)
+        self._lora: tuple[str, float] | None = None
+        self.capabilities = Capabilities(
+            default_size=(height, width),
+            default_steps=num_inference_steps,
+            default_guidance=guidance_scale,
+            size_range=(height // 2 // 8 * 8, max(height, width) * 4),
+            guidance=True,
+            negative_prompt=True,
+            lora=True,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        name: str | None = None,
+    ) -> DiffusionGenerator:
+        """Load a folder with unet/, vae/, scheduler/ and gigdiff.json.
+
+        Raises:
+            ModelNotFoundError: a part is missing. ModelMismatchError: parts that don't fit each other.
+        """
+        import diffusers
+
+        folder = Path(folder)
+        try:
+            card = json.loads((folder / "gigdiff.json").read_text(encoding="utf-8"))
+            scheduler_class = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))["_class_name"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFoundError(f"{folder} is not a gigdiff model folder: {error}") from error
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+        vae = ProductAutoencoder.from_pretrained(folder / "vae", use_safetensors=True)
+        scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder / "scheduler")
+        encoder = load_text_encoder(card.get("text_encoder", "minilm"), str(device))
+        if unet.config.in_channels != vae.config["latent_channels"]:
+            raise ModelMismatchError(
+                f"{folder}: the UNet works on {unet.config.in_channels} latent channels, "
+                f"the autoencoder gives {vae.config['latent_channels']}"
+            )
+        if unet.config.cross_attention_dim != encoder.dim:
+            raise ModelMismatchError(
+                f"{folder}: the UNet reads text of {unet.config.cross_attention_dim} numbers a token, "
+                f"{encoder.name} gives {encoder.dim}"
+            )
+        low, high = card.get("guidance_interval") or (0.0, None)
+        return cls(
+            unet,
+            vae,
+            scheduler,
+            encoder,
+            name=name or folder.name,
+            folder=folder,
+            height=card["height"],
+            width=card["width"],
+            num_inference_steps=card["num_inference_steps"],
+            guidance_scale=card["guidance_scale"],
+            guidance_interval=(low, float("inf") if high is None else high),
+            device=device,
+            dtype=dtype,
+            attention=attention,
+        )
+
+    def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
+        """Draw the request's images; see ImageGenerator.
+
+        Raises:
+            InputError, CapabilityError: the request. NumericalError: NaN or infinity in the latents.
+        """
+        request = validate(request, self.capabilities, self.name)
+        started = time.perf_counter()
+        self._use_lora(request.lora, request.lora_scale)
+        at_once = 1 if self.device.type == "cpu" and self.dtype == torch.float32 else len(request)
+        parts, notes = [], []
+        for start in range(0, len(request), at_once):
+            part = request.part(start, start + at_once)
+            report = None
+            if on_step is not None:
+                offset = start
+
+                def report(done: int, total: int, offset: int = offset, count: int = len(part)) -> None:
+                    on_step(offset * total + done * count, total * len(request))
+
+            latents, cut = self._denoise(part, report)
+            parts.append(self._decode(latents))
+            notes += cut
+        return GenerationResult(
+            np.concatenate(parts), request, self.name, time.perf_counter() - started, tuple(dict.fromkeys(notes))
+        )
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) through the autoencoder and back: the best that any model on its latents can do."""
+        with torch.no_grad(), self._autocast():
+            pixels = to_model(images).to(self.device).contiguous(memory_format=torch.channels_last)
+            return to_uint8(self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.float().cpu())  # type: ignore[union-attr]
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _embed(self, texts: tuple[str, ...]) -> tuple[Tensor, list[str]]:
+        """Conditions (N, 1 + L, D) and notes on what was cut. Each text is encoded alone, so neighbours don't matter."""
+        embedded = {text: self.text_encoder.encode([text]) for text in dict.fromkeys(texts)}
+        notes = [
+            f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
+            f"left out: {e.cut[0]}"
+            for e in embedded.values()
+            if e.cut[0]
+        ]
+        return torch.cat([embedded[text].condition() for text in texts]).to(self.device), notes
+
+    @torch.no_grad()
+    def _denoise(self, request: GenerationRequest, on_step: OnStep | None) -> tuple[Tensor, list[str]]:
+        """The sampling loop: latents (N, C, H/8, W/8), and notes."""
+        assert request.height and request.width and request.num_inference_steps and request.guidance_scale is not None
+        scale, (low, high) = request.guidance_scale, self.guidance_interval
+        condition, notes = self._embed(request.prompts)
+        if scale != 1.0:
+            negative, more = self._embed(request.negative_prompts or ("",) * len(request))
+            notes += more
+        scheduler = copy.deepcopy(self.scheduler)  # it keeps state between steps
+        scheduler.set_timesteps(request.num_inference_steps)
+        shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
+        # The same draw as a stock diffusers pipeline given a list of CPU generators.
+        noise = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in request.seeds]
+        latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
+        alphas = scheduler.alphas_cumprod
+        # A stochastic scheduler (LCM, ancestral) draws more noise on the way, again from each image's own generator.
+        own = [torch.Generator("cpu").manual_seed(seed ^ 0x5EED) for seed in request.seeds]
+        extra = {"generator": own} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        with self._autocast():
+            for done, t in enumerate(scheduler.timesteps, 1):
+                # alphas_cumprod is indexed by whole timesteps; solvers on Karras sigmas give fractions
+                a = float(alphas[int(round(float(t)))])
+                use_guidance = scale != 1.0 and low <= ((1 - a) / a) ** 0.5 <= high
+                z = scheduler.scale_model_input(latents, t)
+                if use_guidance:
+                    both = self._unet(torch.cat([z, z]), t, torch.cat([negative, condition]))
+                    unconditional, conditional = both.chunk(2)
+                    output = guided(unconditional, conditional, scale)
+                else:
+                    output = self._unet(z, t, condition)
+                latents = scheduler.step(output, t, latents, return_dict=False, **extra)[0]
+                if on_step is not None:
+                    on_step(done, len(scheduler.timesteps))
+        if not torch.isfinite(latents).all():
+            raise NumericalError(
+                f"{self.name} gave NaN or infinite latents (dtype {self.dtype}, guidance_scale {scale:g}"
+                + (f", lora {request.lora}, lora_scale {request.lora_scale:g}" if request.lora else "")
+                + '): nothing was drawn. Lower guidance_scale, or load with dtype="float32".'
+            )
+        return latents, notes
+
+    def _unet(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        z = z.contiguous(memory_format=torch.channels_last)
+        return self.unet(z, t.to(z.device), encoder_hidden_states=condition, return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> np.ndarray:
+        with self._autocast():
+            pixels = self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        return to_uint8(pixels.float().cpu())
+
+    def _use_lora(self, lora: str | None, scale: float) -> None:
+        """Put in the LoRA asked for, or take out the one that is in."""
+        wanted = None if lora is None else (lora, scale)
+        if wanted == self._lora:
+            return
+        if self._lora is not None and (lora is None or lora != self._lora[0]):
+            self.unet.unload_lora()
+            self._lora = None
+        if lora is not None and self._lora is None:
+            path = _lora_path(lora)
+            try:
+                if path.is_file():
+                    self.unet.load_lora_adapter(str(path.parent), weight_name=path.name, prefix="unet", adapter_name="lora")
+                else:
+                    self.unet.load_lora_adapter(lora, prefix="unet", adapter_name="lora")
+            except OSError as error:
+                raise ModelNotFoundError(f"lora {lora!r}: no safetensors file, folder or hub id there: {error}") from error
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
+            if not getattr(self.unet, "peft_config", None):
+                raise ModelMismatchError(f'lora {lora!r} holds no "unet" weights: it does not fit {self.name}')
+        if lora is not None:
+            self.unet.set_adapters(["lora"], [scale])
+        self._lora = wanted
+
+
+def _lora_path(lora: str) -> Path:
+    """The path a LoRA's name stands for; a hub id stays as it is. Raises ModelNotFoundError for a path to nothing."""
+    path = Path(lora).expanduser()
+    is_path = path.is_absolute() or path.suffix == ".safetensors" or lora.startswith((".", "~")) or lora.count("/") != 1
+    if is_path and not path.exists():
+        raise ModelNotFoundError(f"lora {lora!r}: there is no such file or folder")
+    return path
+
+
+class PipelineGenerator:
+    """Any text-to-image diffusers pipeline (SD 1.5, SDXL, SD3, FLUX, ...) as an ImageGenerator."""
+
+    def __init__(self, pipeline: Any, *, name: str, folder: Path | None = None) -> None:
+        self.pipeline, self.name, self.folder = pipeline, name, folder
+        pipeline.set_progress_bar_config(disable=True)
+        self._parameters = inspect.signature(pipeline.__call__).parameters
+        if "prompt" not in self._parameters:
+            raise ModelMismatchError(f"{name} is a {type(pipeline).__name__}, which takes no prompt")
+        model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        scale = getattr(pipeline, "vae_scale_factor", 8)
+        side = int(getattr(pipeline, "default_sample_size", None) or getattr(model.config, "sample_size", 64)) * scale
+        steps = self._parameters.get("num_inference_steps")
+        guidance = self._parameters.get("guidance_scale")
+        has_negative = "negative_prompt" in self._parameters
+        self.capabilities = Capabilities(
+            default_size=(side, side),
+            default_steps=int(steps.default) if steps is not None else 1,
+            default_guidance=float(guidance.default) if guidance is not None else 1.0,
+            size_multiple=max(8, scale),
+            guidance=guidance is not None,
+            negative_prompt=has_negative,
+            lora=hasattr(pipeline, "load_lora_weights"),
+        )
+        self._lora: tuple[str, float] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        name: str | None = None,
+    ) -> PipelineGenerator:
+        """Load a diffusers folder (safetensors only, no remote code)."""
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
+        ).to(device)
+        if attention != "auto" and getattr(pipeline, "unet", None) is not None:
+            set_attention(pipeline.unet, attention)
+        return cls(pipeline, name=name or str(folder), folder=Path(folder))
+
+    def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
+        """Draw the request's images; see ImageGenerator.
+
+        Raises:
+            NumericalError: NaN came out, or the pipeline's own safety checker blacked an image out.
+        """
+        request = validate(request, self.capabilities, self.name)
+        started = time.perf_counter()
+        self._use_lora(request.lora, request.lora_scale)
+        arguments: dict[str, Any] = {
+            "prompt": list(request.prompts),
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.num_inference_steps,
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
+            "output_type": "pt",
+        }
+        if self.capabilities.guidance:
+            arguments["guidance_scale"] = request.guidance_scale
+        if self.capabilities.negative_prompt and request.negative_prompts is not None:
+            arguments["negative_prompt"] = list(request.negative_prompts)
+        if on_step is not None and "callback_on_step_end" in self._parameters:
+            total = request.num_inference_steps or 1
+
+            def report(_pipeline: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+                on_step(step + 1, total)
+                return kwargs
+
+            arguments["callback_on_step_end"] = report
+        output = self.pipeline(**arguments)
+        blocked = [i for i, hit in enumerate(getattr(output, "nsfw_content_detected", None) or []) if hit]
+        if blocked:
+            raise NumericalError(
+                f"{self.name}'s safety checker blacked out image {blocked[0]} (prompt {request.prompts[blocked[0]]!r}). "
+                "Change the prompt or the seed."
+            )
+        images = to_uint8(output.images.float().cpu() * 2 - 1)
+        return GenerationResult(
+            images, request, self.name, time.perf_counter() - started, tuple(dict.fromkeys(self._cut(request.prompts)))
+        )
+
+    def _cut(self, prompts: tuple[str, ...]) -> Iterator[str]:
+        """A note for each prompt that the pipeline's own tokenizer cuts: diffusers only logs it."""
+        tokenizer = getattr(self.pipeline, "tokenizer", None)
+        limit = getattr(tokenizer, "model_max_length", None)
+        if tokenizer is None or limit is None or limit > 10_000 or "max_sequence_length" in self._parameters:
+            return
+        for prompt in dict.fromkeys(prompts):
+            ids = tokenizer(prompt, verbose=False)["input_ids"]
+            if len(ids) > limit:
+                left_out = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip()
+                yield f"the prompt is longer than the {limit} tokens that {self.name} reads; left out: {left_out}"
+
+    def _use_lora(self, lora: str | None, scale: float) -> None:
+        wanted = None if lora is None else (lora, scale)
+        if wanted == self._lora:
+            return
+        if self._lora is not None:
+            self.pipeline.unload_lora_weights()
+            self._lora = None
+        if lora is not None:
+            _lora_path(lora)
+            try:
+                self.pipeline.load_lora_weights(lora, adapter_name="lora")
+            except OSError as error:
+                raise ModelNotFoundError(f"lora {lora!r}: no safetensors file, folder or hub id there: {error}") from error
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
+            self.pipeline.set_adapters(["lora"], [scale])
+        self._lora = wanted
+
+
+def save_folder(
+    folder: str | Path, unet: Any, vae: ProductAutoencoder, scheduler: Any, card: dict[str, Any], *, half: bool = True
+) -> Path:
+    """Write a model folder that `gigdiff.load` and diffusers' StableDiffusionPipeline.from_pretrained both read.
+
+    The text encoder is not in it (gigdiff finds it, see gigdiff.text); a stock pipeline is given `prompt_embeds`.
+
+    Args:
+        folder: where; it must not exist, or be a model folder to replace.
+        unet, vae, scheduler: the parts.
+        card: content of gigdiff.json, see gigdiff.pretrained.
+        half: store weights in float16.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, model in (("unet", unet), ("vae", vae)):
+        stored: Any = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
+        (torch.nn.Module.half(stored) if half else stored).save_pretrained(folder / part, safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["gigdiff.models.autoencoder", "ProductAutoencoder"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "gigdiff.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return folder

