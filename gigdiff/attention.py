@@ -1,6 +1,6 @@
 """Attention backends: which are usable here, and which one a UNet should run with.
 
-    math      plain softmax(q k^T) v. On a CPU in training the fastest at the embedded models' sizes (../docs/performance.md).
+    math      plain softmax(q k^T) v. The fastest in training on a CPU at the embedded models' sizes.
     sdpa      torch's scaled_dot_product_attention: flash, memory-efficient or cuDNN kernels on CUDA.
     xformers  xformers' memory-efficient attention, CUDA only (pip install 'gigdiff[cuda]').
     auto      the choice of `choose`.
@@ -33,7 +33,10 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     if importlib.util.find_spec("xformers") is None:
         found["xformers"] = (False, "not installed: pip install 'gigdiff[cuda]' (CUDA only)")
     elif not cuda:
-        found["xformers"] = (False, f"xformers {importlib.metadata.version('xformers')} needs a CUDA device, none is here")
+        found["xformers"] = (
+            False,
+            f"xformers {importlib.metadata.version('xformers')} needs a CUDA device, none is here",
+        )
     else:
         found["xformers"] = (True, f"xformers {importlib.metadata.version('xformers')}")
     return found

@@ -34,8 +34,8 @@ def log_sigmas(alphas_cumprod: Tensor) -> Tensor:
 def timesteps_of(log_sigma: Tensor, table: Tensor) -> Tensor:
     """Fractional timesteps (N,) in [0, T - 1] at which the schedule has `log_sigma` (N,), by linear interpolation.
 
-    `table` is `log_sigmas(...)`. The UNet's sinusoidal time embedding takes fractions, so training can draw noise levels
-    from a continuous law and inference use the scheduler's integers.
+    `table` is `log_sigmas(...)`. The UNet's sinusoidal time embedding takes fractions, so training can draw noise
+    levels from a continuous law and inference use the scheduler's integers.
     """
     above = torch.searchsorted(table, log_sigma.clamp(table[0], table[-1])).clamp(1, len(table) - 1)
     low, high = table[above - 1], table[above]
@@ -78,7 +78,7 @@ def noise_from_velocity(z: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
 
 
 def min_snr_weight(log_sigma: Tensor, gamma: float) -> Tensor:
-    """Weight (N,) on a v-prediction loss: min(SNR, gamma) / (SNR + 1), SNR = sigma^-2 (Hang et al. 2023, 2303.09556)."""
+    """Weight (N,) on a v-prediction loss: min(SNR, gamma) / (SNR + 1), SNR = sigma^-2 (Hang et al., 2303.09556)."""
     snr = (-2 * log_sigma).exp()
     return snr.clamp(max=gamma) / (snr + 1)
 

@@ -98,7 +98,7 @@ def _attention() -> Rows:
 def _text_encoder() -> Rows:
     from gigdiff.text import find_minilm
 
-    folder, where = find_minilm()
+    folder, where = find_minilm(download=False)
     return [("all-MiniLM-L6-v2", f"{where}: {folder}")]
 
 

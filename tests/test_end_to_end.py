@@ -107,11 +107,12 @@ class TestGenerate:
 
 class TestCommand:
     def test_offline_in_a_fresh_process(self, tiny_model, tmp_path):
-        """With every connection refused, not just HF_HUB_OFFLINE; and the pixels are those of this process."""
+        """Every connection refused, not just HF_HUB_OFFLINE; no extra installed; and the pixels are this process's."""
         code = (
             "import socket, sys\n"
             "def refuse(*_): raise AssertionError('the network was asked')\n"
             "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+            "for name in ('datasets', 'jsonargparse', 'skimage', 'tensorboard'): sys.modules[name] = None\n"
             "from gigdiff.cli import main\n"
             "sys.exit(main(sys.argv[1:]))"
         )

@@ -24,7 +24,7 @@ def test_normal_is_standard_normal_and_uniform_is_uniform() -> None:
     n = rng.normal((100,), 0, "x", range(200))
     assert abs(n.mean().item()) < 0.03 and abs(n.std().item() - 1) < 0.03
     u = rng.uniform(100, 0, "x", range(200))
-    assert 0 <= u.min() and u.max() < 1 and abs(u.mean().item() - 0.5) < 0.02
+    assert u.min() >= 0 and u.max() < 1 and abs(u.mean().item() - 0.5) < 0.02
 
 
 def test_permutation_is_one_and_changes_with_the_epoch() -> None:

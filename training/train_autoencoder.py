@@ -186,7 +186,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
     adversarial = config.adversarial_weight > 0
     if adversarial and not config.decoder_only:
-        raise InputError("adversarial_weight > 0 trains the decoder only: add --decoder_only true and --init_from FOLDER")
+        raise InputError(
+            "adversarial_weight > 0 trains the decoder only: add --decoder_only true and --init_from FOLDER"
+        )
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
     accelerator = Accelerator(
@@ -204,7 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     ema = Ema(model, config.ema_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.adam_weight_decay, fused=True
+        trained,
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        fused=True,
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
     critic = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -280,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         check_finite(loss.item(), step, rate)
         values: dict[str, float] = {"loss": loss.item(), "learning_rate": rate}
         if adversarial:
-            # Gradients are balanced on the pixels, so that adversarial_weight means the same whatever the losses' scales.
+            # Balanced on the pixels, so that adversarial_weight means the same whatever the losses' scales.
             (fidelity,) = torch.autograd.grad(loss, rebuilt, retain_graph=True)
             generator = generator_loss(critic, pixels, rebuilt)
             (sharpness,) = torch.autograd.grad(generator, rebuilt)
@@ -313,7 +319,9 @@ def main(argv: list[str] | None = None) -> None:
             values |= {f"validation_{name}": value for name, value in measured.items()}
             pairs = [p for pair in zip(to_uint8(photos[:12]), to_uint8(pictures[:12]), strict=True) for p in pair]
             save_image(out / "previews" / f"step-{done:06d}.png", contact_sheet(pairs, 8, scale=2), overwrite=True)
-            print(f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True)
+            print(
+                f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True
+            )
         if log is not None:
             log.write(done, values)
         accelerator.log(values, step=done)

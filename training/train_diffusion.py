@@ -2,8 +2,8 @@
 
     accelerate launch training/train_diffusion.py --config configs/diffusion_mini.yaml
 
-The UNet is diffusers' UNet2DConditionModel; latents come from an autoencoder of train_autoencoder.py, text from a frozen
-encoder. Both are encoded once, into a cache that notices changed photos, captions or encoders.
+The UNet is diffusers' UNet2DConditionModel; latents come from an autoencoder of train_autoencoder.py, text from a
+frozen encoder. Both are encoded once, into a cache that notices changed photos, captions or encoders.
 """
 
 from __future__ import annotations
@@ -221,7 +221,9 @@ def fixed_batches(data: EncodedProducts, config: DiffusionConfig, length: int) -
         chosen = range(start, min(start + 64, count))
         latents = data.latents(chosen)
         noise = rng.normal(latents.shape[1:], config.seed, "held-out noise", chosen)
-        batches.append(Batch(latents, data.conditions([(i, 0) for i in chosen], length), noise, levels[start : chosen.stop]))
+        batches.append(
+            Batch(latents, data.conditions([(i, 0) for i in chosen], length), noise, levels[start : chosen.stop])
+        )
     return batches
 
 
@@ -240,7 +242,9 @@ def preview(generator: DiffusionGenerator, config: DiffusionConfig, path: Path) 
     seeds = tuple(range(3)) * len(config.validation_prompts)
     images = []
     for start in range(0, len(prompts), 36):
-        images += list(generator.generate(GenerationRequest(tuple(prompts[start : start + 36]), seeds[start : start + 36])).images)
+        images += list(
+            generator.generate(GenerationRequest(tuple(prompts[start : start + 36]), seeds[start : start + 36])).images
+        )
     metadata = {"prompts": json.dumps(config.validation_prompts), "seeds": "0, 1, 2 each"}
     save_image(path, contact_sheet(images, 12, labels=prompts, scale=2), metadata, overwrite=True)
 
@@ -325,7 +329,11 @@ def main(argv: list[str] | None = None) -> None:
             return copy.deepcopy(unet)
 
     def save(step: int) -> None:
-        tensors = {"unet": dict(unet.state_dict()), "ema": ema.shadow, "optimizer": optimizer_tensors(optimizer.optimizer)}
+        tensors = {
+            "unet": dict(unet.state_dict()),
+            "ema": ema.shadow,
+            "optimizer": optimizer_tensors(optimizer.optimizer),
+        }
         state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
         save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
 
@@ -363,7 +371,9 @@ def main(argv: list[str] | None = None) -> None:
             unet.train()
             sizes = [len(b.latents) for b in held_out]
             values["validation_loss"] = sum(x * n for x, n in zip(losses, sizes, strict=True)) / sum(sizes)
-            print(f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True)
+            print(
+                f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True
+            )
         if main_process and (done % config.preview_steps == 0 or last):
             generator = DiffusionGenerator(
                 averaged_unet(),

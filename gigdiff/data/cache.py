@@ -1,7 +1,7 @@
 """Latents and text embeddings on disk, keyed by content.
 
-A key is a hash of everything that decides the value: the encoded photo's bytes, the size it is brought to, the encoder's
-weights. So an edited photo, another size or another encoder is noticed, and nothing else is ever encoded twice.
+A key is a hash of everything that decides the value: the encoded photo's bytes, the size it is brought to, the
+encoder's weights. So an edited photo, another size or another encoder is noticed, and nothing is ever encoded twice.
 
     <folder>/<kind>-<fingerprint>/shard-<hash>/{keys,starts,values}.npy
 
@@ -86,7 +86,8 @@ class ContentStore:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OutputError(
-                f"could not write to the cache in {self.folder}: {error}. Free some disk space or give another --cache_dir."
+                f"could not write to the cache in {self.folder}: {error}. "
+                "Free some disk space or give another --cache_dir."
             ) from error
         self.refresh()
 

@@ -52,6 +52,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch
             "it belongs to another model or another choice of trained parts. Start with another --output_dir."
         )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Fused AdamW walks parameter and moments side by side in memory: a channels_last parameter needs moments laid out
+    # the same way, and a file has only the plain layout. Without this the moments of convolutions are scrambled.
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _fsync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 __all__ = ["learning_rate", "set_learning_rate"]
 
@@ -22,7 +23,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def set_learning_rate(optimizer, value: float) -> None:
+def set_learning_rate(optimizer: Any, value: float) -> None:
     """Set every parameter group of `optimizer` to `value`."""
     for group in optimizer.param_groups:
         group["lr"] = value

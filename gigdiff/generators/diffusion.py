@@ -28,11 +28,17 @@ __all__ = ["DiffusionGenerator", "PipelineGenerator", "save_folder"]
 OnStep = Callable[[int, int], None]
 
 
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm); emulated it would be slow."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
 class DiffusionGenerator:
     """Text tokens -> latents by a UNet -> pixels by the autoencoder, for gigdiff's own model folders.
 
-    On a CPU that has bfloat16 instructions everything runs under bfloat16 autocast, elsewhere on CPUs in float32. Both
-    are exact in this sense: an image is the same bits in any batch (bfloat16 kernels were seen not to depend on the batch;
+    On a CPU that has bfloat16 instructions everything runs under bfloat16 autocast, on other CPUs in float32. Both are
+    exact in this sense: an image is the same bits in any batch (bfloat16 kernels were seen not to depend on the batch;
     float32 ones do, so there images are drawn one by one). On CUDA this is not promised.
 
     Args:
@@ -70,7 +76,7 @@ class DiffusionGenerator:
         self.name, self.folder = name, folder
         self.device = torch.device(device)
         if dtype is None:
-            fast = self.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            fast = self.device.type != "cpu" or _cpu_has_bfloat16()
             dtype = torch.bfloat16 if fast else torch.float32
         self.dtype = dtype
         # Weights stay float32: autocast rounds them once a call, and a LoRA or an EMA copy can be put in at any time.
@@ -113,7 +119,9 @@ class DiffusionGenerator:
         folder = Path(folder)
         try:
             card = json.loads((folder / "gigdiff.json").read_text(encoding="utf-8"))
-            scheduler_class = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))["_class_name"]
+            scheduler_class = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))[
+                "_class_name"
+            ]
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFoundError(f"{folder} is not a gigdiff model folder: {error}") from error
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
@@ -185,7 +193,7 @@ class DiffusionGenerator:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _embed(self, texts: tuple[str, ...]) -> tuple[Tensor, list[str]]:
-        """Conditions (N, 1 + L, D) and notes on what was cut. Each text is encoded alone, so neighbours don't matter."""
+        """Conditions (N, 1 + L, D) and notes on what was cut. Texts are encoded alone: neighbours don't matter."""
         embedded = {text: self.text_encoder.encode([text]) for text in dict.fromkeys(texts)}
         notes = [
             f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
@@ -217,7 +225,7 @@ class DiffusionGenerator:
         with self._autocast():
             for done, t in enumerate(scheduler.timesteps, 1):
                 # alphas_cumprod is indexed by whole timesteps; solvers on Karras sigmas give fractions
-                a = float(alphas[int(round(float(t)))])
+                a = float(alphas[round(float(t))])
                 use_guidance = scale != 1.0 and low <= ((1 - a) / a) ** 0.5 <= high
                 z = scheduler.scale_model_input(latents, t)
                 if use_guidance:
@@ -259,11 +267,15 @@ class DiffusionGenerator:
             path = _lora_path(lora)
             try:
                 if path.is_file():
-                    self.unet.load_lora_adapter(str(path.parent), weight_name=path.name, prefix="unet", adapter_name="lora")
+                    self.unet.load_lora_adapter(
+                        str(path.parent), weight_name=path.name, prefix="unet", adapter_name="lora"
+                    )
                 else:
                     self.unet.load_lora_adapter(lora, prefix="unet", adapter_name="lora")
             except OSError as error:
-                raise ModelNotFoundError(f"lora {lora!r}: no safetensors file, folder or hub id there: {error}") from error
+                raise ModelNotFoundError(
+                    f"lora {lora!r}: no safetensors file, folder or hub id there: {error}"
+                ) from error
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
             if not getattr(self.unet, "peft_config", None):
@@ -291,9 +303,10 @@ class PipelineGenerator:
         self._parameters = inspect.signature(pipeline.__call__).parameters
         if "prompt" not in self._parameters:
             raise ModelMismatchError(f"{name} is a {type(pipeline).__name__}, which takes no prompt")
-        model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        model: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         scale = getattr(pipeline, "vae_scale_factor", 8)
-        side = int(getattr(pipeline, "default_sample_size", None) or getattr(model.config, "sample_size", 64)) * scale
+        sample: Any = getattr(pipeline, "default_sample_size", None) or getattr(model.config, "sample_size", 64)
+        side = (sample if isinstance(sample, int) else sample[0]) * scale
         steps = self._parameters.get("num_inference_steps")
         guidance = self._parameters.get("guidance_scale")
         has_negative = "negative_prompt" in self._parameters
@@ -361,8 +374,8 @@ class PipelineGenerator:
         blocked = [i for i, hit in enumerate(getattr(output, "nsfw_content_detected", None) or []) if hit]
         if blocked:
             raise NumericalError(
-                f"{self.name}'s safety checker blacked out image {blocked[0]} (prompt {request.prompts[blocked[0]]!r}). "
-                "Change the prompt or the seed."
+                f"{self.name}'s safety checker blacked out image {blocked[0]}, "
+                f"{request.prompts[blocked[0]]!r}. Change the prompt or the seed."
             )
         images = to_uint8(output.images.float().cpu() * 2 - 1)
         return GenerationResult(
@@ -393,7 +406,9 @@ class PipelineGenerator:
             try:
                 self.pipeline.load_lora_weights(lora, adapter_name="lora")
             except OSError as error:
-                raise ModelNotFoundError(f"lora {lora!r}: no safetensors file, folder or hub id there: {error}") from error
+                raise ModelNotFoundError(
+                    f"lora {lora!r}: no safetensors file, folder or hub id there: {error}"
+                ) from error
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
             self.pipeline.set_adapters(["lora"], [scale])

@@ -54,7 +54,7 @@ class PhotoGenerator:
 
 def shuffled_photos(prompts: Sequence[str], images: np.ndarray, seed: int = 0) -> PhotoGenerator:
     """The photos themselves, each handed out for another's prompt."""
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(derive_seed(seed, "control:shuffled")).permutation(len(images))
     chosen: dict[str, list[int]] = {}
     for prompt, i in zip(prompts, order, strict=True):  # a prompt that occurs twice has two photos to pick from
         chosen.setdefault(prompt, []).append(int(i))

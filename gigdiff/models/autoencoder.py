@@ -141,9 +141,9 @@ class ProductAutoencoder(ModelMixin, ConfigMixin):
         """Set the linear skips from the principal components of 8x8 patches of `images` (N, 3, H, W) in [-1, 1].
 
         With eigenvalues l_i and eigenvectors v_i of the patch covariance, channel i of the latent is
-        (v_i . (patch - mean)) * l_i^(-exponent/2) / c, and the decoder's skip is the exact inverse. exponent 0 keeps the
-        pixels' own variances, 1 whitens; between, fine detail is neither drowned nor blown up to the weight of shape.
-        c makes the mean channel variance 1.
+        (v_i . (patch - mean)) * l_i^(-exponent/2) / c, and the decoder's skip is the exact inverse. exponent 0 keeps
+        the pixels' own variances, 1 whitens; between, fine detail is neither drowned nor blown up to the weight of
+        shape. c makes the mean channel variance 1.
         """
         patches = F.pixel_unshuffle(images.float(), FACTOR).permute(0, 2, 3, 1).flatten(0, 2).double()
         mean = patches.mean(0)

@@ -43,7 +43,7 @@ def discriminator_loss(
         softplus(D(fake) - D(real)) + gamma / (2 s^2) [(D(real + s n) - D(real))^2 + (D(fake + s n) - D(fake))^2]
 
     The first term is RpGAN's (Jolicoeur-Martineau 2018, arXiv 1807.00734); the second tends to R1 + R2 of R3GAN
-    (Huang et al. 2024, arXiv 2501.05441) as s goes to 0, without a second derivative (Lin et al. 2025, arXiv 2501.08316).
+    (Huang et al. 2024, arXiv 2501.05441) as s goes to 0, without a second derivative (Lin et al. 2025, 2501.08316).
 
     Args:
         net: the discriminator. real, fake: (N, 3, H, W). noise: standard normal of the same shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from gigdiff.fit.schedule import learning_rate
 
 
 def test_each_epoch_sees_every_sample_once_in_its_own_order() -> None:
-    stream = samples_at(range(0, 30), 10, seed=3)
+    stream = samples_at(range(30), 10, seed=3)
     epochs = [stream[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -32,14 +33,14 @@ def test_each_epoch_sees_every_sample_once_in_its_own_order() -> None:
 def test_any_number_of_processes_reads_the_same_global_batches(processes: int) -> None:
     for step in range(5):
         shares = [list(positions_of_step(step, 8 // processes, p, processes)) for p in range(processes)]
-        assert sum(shares, []) == list(range(step * 8, step * 8 + 8))
+        assert [p for share in shares for p in share] == list(range(step * 8, step * 8 + 8))
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
     rates = [learning_rate(s, peak=1.0, warmup_steps=10, total_steps=100, decay_fraction=0.4) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
     assert set(rates[10:60]) == {1.0}
-    assert all(a > b for a, b in zip(rates[60:], rates[61:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[60:]))
     assert rates[80] == pytest.approx(0.505) and rates[-1] < 0.02
     # extendable: before the decay, a longer run is the same run
     longer = [learning_rate(s, peak=1.0, warmup_steps=10, total_steps=200, decay_fraction=0.4) for s in range(60)]
@@ -91,6 +92,37 @@ def test_optimizer_state_survives_a_checkpoint_bit_for_bit(tmp_path: Path) -> No
     assert trained(5, again, other) == trained(5, model, optimizer)
     with pytest.raises(ModelMismatchError, match="another model"):
         ck.load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 0.1), tensors["optimizer"])
+
+
+def test_moments_of_channels_last_weights_keep_their_layout(tmp_path: Path) -> None:
+    """A past bug: fused AdamW read the plain layout of a loaded moment as channels_last, and resumed runs drifted."""
+
+    def new() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+
+    def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, which: range) -> list[float]:
+        losses = []
+        for step in which:
+            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            loss = model(x.contiguous(memory_format=torch.channels_last)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizer = new()
+    steps(model, optimizer, range(3))
+    ck.save_checkpoint(
+        tmp_path, 3, {"model": dict(model.state_dict()), "optimizer": ck.optimizer_tensors(optimizer)}, {}
+    )
+    _, tensors = ck.load_checkpoint(tmp_path / "checkpoint-3")
+    again, other = new()
+    again.load_state_dict(tensors["model"])
+    ck.load_optimizer(other, tensors["optimizer"])
+    assert steps(again, other, range(3, 8)) == steps(model, optimizer, range(3, 8))
 
 
 def save(root: Path, step: int, limit: int | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""The sampling loop, with the real classes at tiny size: exactness in batches, guidance, stock diffusers, LoRA, errors."""
+"""The sampling loop, real classes at tiny size: exactness in batches, guidance, stock diffusers, LoRA, errors."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_parts_that_do_not_fit_are_refused(tiny_model: Path, tmp_path: Path) -> 
     ProductAutoencoder(latent_channels=6, half_channels=8, quarter_channels=8, eighth_channels=8).save_pretrained(
         folder / "vae"
     )
-    with pytest.raises(ModelMismatchError, match="4 latent channels.*gives 6"):
+    with pytest.raises(ModelMismatchError, match=r"4 latent channels.*gives 6"):
         DiffusionGenerator.from_pretrained(folder)
     (folder / "gigdiff.json").write_text(json.dumps({}))
     (folder / "scheduler" / "scheduler_config.json").unlink()
@@ -170,7 +170,9 @@ def test_any_diffusers_pipeline_draws_through_the_same_interface(tiny_pipeline: 
     generator = PipelineGenerator.from_pretrained(tiny_pipeline)
     images = draw(generator, num_inference_steps=2, guidance_scale=3.0, negative_prompts=("x", "", "y"))
     assert images.shape[0] == 3 and images.dtype == np.uint8 and images.std() > 0
-    assert np.array_equal(images, draw(generator, num_inference_steps=2, guidance_scale=3.0, negative_prompts=("x", "", "y")))
+    assert np.array_equal(
+        images, draw(generator, num_inference_steps=2, guidance_scale=3.0, negative_prompts=("x", "", "y"))
+    )
     long = generator.generate(GenerationRequest(("word " * 100,), (0,), num_inference_steps=1))
     assert "77 tokens" in long.notes[0]
     with pytest.raises((InputError, CapabilityError)):

@@ -103,7 +103,10 @@ def test_shuffled_images_have_the_right_mix_and_heed_no_prompt(toy):
     report = evaluate(shuffled_photos(names, other), reference)
     assert report.scores["frechet_ratio"].value == pytest.approx(1.0)
     assert report.scores["colour_group"].value == pytest.approx(0.25, abs=0.1)
+    # The floor's own pairings must not be the control's: numpy's default_rng(0) and default_rng([0, 0]) are one stream,
+    # and the floor once came out a twentieth of the way to the ceiling.
     shuffled = report.controls["shuffled_colour_group"]
+    assert shuffled.high < 0.5
     assert shuffled.low - 0.05 <= report.scores["colour_group"].value <= shuffled.high + 0.05
 
 

@@ -70,7 +70,7 @@ def test_save_and_load_keep_every_bit_including_the_statistics(tmp_path: Path) -
 
 
 def test_every_parameter_learns_after_a_few_steps() -> None:
-    """Zero-initialised branches must not stay dead: the output layer moves first, then each block's second convolution, then its first."""
+    """Zero branches don't stay dead: the output layer moves first, then the blocks from their ends."""
     model, images = tiny(), smooth_images()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(4):

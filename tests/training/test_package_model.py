@@ -1,0 +1,86 @@
+"""training/package_model.py: parts become a model folder with a card; parts of different models are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gigdiff
+from gigdiff.errors import InputError, ModelMismatchError
+from gigdiff.models.autoencoder import ProductAutoencoder
+
+_spec = importlib.util.spec_from_file_location(
+    "package_model", Path(__file__).parents[2] / "training" / "package_model.py"
+)
+assert _spec and _spec.loader
+package_model = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = package_model  # dataclasses look their module up
+_spec.loader.exec_module(package_model)
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> Path:
+    """A run folder as train_diffusion.py leaves it."""
+    shutil.copytree(tiny_model, tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def report(folder: Path, prompts: str) -> Path:
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 1000, "interval": "95%"}
+    names = ("article_type_ratio", "colour_group_ratio", "frechet_ratio")
+    content = {
+        "prompts": prompts, "scores": dict.fromkeys(names, score), "controls": {"real_article_type": score},
+        "settings": {"count": 1000},
+    }  # fmt: skip
+    file = folder / f"report-{prompts}.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_a_folder_with_card_scores_and_another_decoder(run: Path, tmp_path: Path) -> None:
+    sharp = ProductAutoencoder.from_pretrained(run / "model" / "vae")
+    with torch.no_grad():
+        sharp.decoder.linear.bias += 0.5  # type: ignore[operator]
+    sharp.save_pretrained(tmp_path / "sharp")
+    reports = [str(report(tmp_path, prompts)) for prompts in ("names", "short")]
+    out = tmp_path / "out"
+    package_model.main([
+        "--unet_run", str(run), "--vae", str(tmp_path / "sharp"), "--output_dir", str(out), "--guidance_scale", "3",
+        "--num_inference_steps", "4", "--guidance_high", "10", "--reports", json.dumps(reports),
+    ])  # fmt: skip
+    card = json.loads((out / "gigdiff.json").read_text())
+    assert card["scores"]["names: type / real"] == 0.5 and len(card["scores"]) == 6
+    assert card["guidance_interval"] == [0.0, 10.0]
+    text = (out / "README.md").read_text()
+    assert "| names | article_type_ratio | 0.500 | 0.400 to 0.600 (95%) | 1000 |" in text
+    model = gigdiff.load(str(out))
+    assert model.capabilities.default_steps == 4 and model.capabilities.default_guidance == 3
+    arguments = {"seed": 0, "num_inference_steps": 2, "guidance_scale": 1.0}
+    before = gigdiff.generate("red coat", model=str(run / "model"), **arguments)  # type: ignore[call-overload]
+    after = gigdiff.generate("red coat", model=model, **arguments)  # type: ignore[call-overload]
+    assert np.asarray(after).mean() > np.asarray(before).mean() + 10  # the brighter decoder is the one in use
+
+
+def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
+    other = ProductAutoencoder.from_pretrained(run / "model" / "vae")
+    with torch.no_grad():
+        other.encoder.linear.bias += 0.5  # type: ignore[operator]
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelMismatchError, match="another encoder"):
+        package_model.main(
+            ["--unet_run", str(run), "--vae", str(tmp_path / "other"), "--output_dir", str(tmp_path / "o")]
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_file_that_is_no_report_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match=r"x\.json is no report"):
+        package_model.main(["--unet_run", str(run), "--reports", f"[{tmp_path / 'x.json'}]"])

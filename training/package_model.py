@@ -1,0 +1,181 @@
+"""Put an embedded model together: a trained UNet, the decoder that goes with it, defaults, scores and a model card.
+
+    python training/package_model.py --unet_run runs/diffusion_mini --vae runs/autoencoder_mini_sharp/autoencoder \
+        --reports "[runs/quality/mini/report-names.json, runs/quality/mini/report-short.json]" \
+        --output_dir gigdiff/pretrained/mini
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+
+from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.fit.config import parse_config
+from gigdiff.generators.diffusion import save_folder
+from gigdiff.models.autoencoder import ProductAutoencoder
+
+#: Scores of a report that go onto the card, and what they are called there.
+SCORES = {
+    "article_type_ratio": "type / real",
+    "colour_group_ratio": "colour / real",
+    "frechet_ratio": "Fréchet distance / real",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackageConfig:
+    """What goes into the folder.
+
+    Args:
+        unet_run: run folder of train_diffusion.py, with model/.
+        vae: autoencoder folder; its encoder must be the one that the UNet was trained with. Default: the run's own.
+        output_dir: the model folder to write.
+        num_inference_steps: default steps.
+        guidance_scale: default guidance.
+        guidance_low: lowest sigma at which guidance is applied.
+        guidance_high: highest sigma at which guidance is applied; none = no limit.
+        reports: reports of benchmarks/quality.py whose scores go onto the card.
+        training: how it was trained, in a sentence or two.
+    """
+
+    unet_run: str = "runs/diffusion_mini"
+    vae: str | None = None
+    output_dir: str = "gigdiff/pretrained/mini"
+    num_inference_steps: int = 20
+    guidance_scale: float = 2.5
+    guidance_low: float = 0.0
+    guidance_high: float | None = None
+    reports: tuple[str, ...] = ()
+    training: str = ""
+
+
+def same_encoder(a: ProductAutoencoder, b: ProductAutoencoder) -> bool:
+    """Whether both give the same latents: the UNet knows no others. (Weights in a model folder are rounded to half.)"""
+    ours, theirs = a.state_dict(), b.state_dict()
+    names = [name for name in ours if not name.startswith("decoder.")]
+    return all(n in theirs and torch.equal(ours[n].half(), theirs[n].half()) for n in names)
+
+
+def read_scores(reports: tuple[str, ...]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores for gigdiff.json, named "<prompts>: <score>", and the reports themselves."""
+    scores, read = {}, []
+    for file in reports:
+        try:
+            report = json.loads(Path(file).read_text(encoding="utf-8"))
+            for key, name in SCORES.items():
+                scores[f"{report['prompts']}: {name}"] = round(report["scores"][key]["value"], 3)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--reports {file} is no report of benchmarks/quality.py: {error!r}") from error
+        read.append(report)
+    return scores, read
+
+
+def score_table(reports: list[dict[str, Any]]) -> str:
+    """The reports' scores as a Markdown table with intervals and counts."""
+    lines = ["| prompts | score | value | interval | images |", "| --- | --- | ---: | --- | ---: |"]
+    for report in reports:
+        for name, score in (report["scores"] | report["controls"]).items():
+            interval = (
+                "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f} ({score['interval']})"
+            )
+            lines.append(f"| {report['prompts']} | {name} | {score['value']:.3f} | {interval} | {score['count']} |")
+    return "\n".join(lines)
+
+
+def model_card(config: PackageConfig, name: str, parameters: int, reports: list[dict[str, Any]]) -> str:
+    """README.md of the model folder."""
+    count = reports[0]["settings"].get("count", "1000") if reports else 0
+    return f"""---
+license: apache-2.0
+library_name: gigdiff
+pipeline_tag: text-to-image
+---
+
+# {name}
+
+A latent diffusion model that draws product photos of 80 x 64 pixels (height x width) from a description,
+small enough to run on a CPU: {parameters / 1e6:.1f} M parameters, not counting the text encoder
+(all-MiniLM-L6-v2, 22.7 M), which is not in this folder.
+
+    import gigdiff
+    gigdiff.generate("red wool coat", model="{name}")
+
+- **Parts.** `unet/`: diffusers' UNet2DConditionModel, v-prediction. `vae/`: gigdiff's ProductAutoencoder, 8x8
+  pixels to 12 channels. `scheduler/`: DPM-Solver++(2M). Stored in float16.
+- **Defaults.** {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, applied for sigma from
+  {config.guidance_low:g} to {"infinity" if config.guidance_high is None else f"{config.guidance_high:g}"}.
+- **Stock diffusers** reads this folder too, with prompt embeddings from gigdiff:
+  `StableDiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)(prompt_embeds=..., ...)`.
+
+## Data
+
+39,813 product photos of 60 x 80 pixels with catalogue attributes: "Fashion Product Images (Small)" (Kaggle,
+MIT licence; hub: ashraq/fashion-product-images-small), padded white to 64 x 80. Fashion, accessories and some
+cosmetics of one Indian web shop around 2012 to 2016. The photos are not redistributed here.
+
+## Training
+
+{config.training}
+
+The weights are under Apache-2.0, like the code.
+
+## Scores
+
+{count} validation products whose names do not occur in training; what each score means, and the controls to read
+it between: docs/evaluation.md.
+
+{score_table(reports) if reports else "Not measured."}
+
+## Limits
+
+- Small pictures; faces, lettering, logos and fine patterns are not to be trusted.
+- It knows what the catalogue holds. Rare articles (long tail of 142 types), unusual colours for an article, several
+  products in one picture, and materials (seldom named in the data) are weak.
+- Models in the photos are of the shop's own choice; it repeats their looks. Do not use it to depict real people.
+- Pictures are synthetic: saved files carry the IPTC marking `trainedAlgorithmicMedia`; leave it in.
+- Not measured on a GPU.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(PackageConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
+    source = Path(config.unet_run) / "model"
+    card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
+    unet = UNet2DConditionModel.from_pretrained(source / "unet")
+    vae = own = ProductAutoencoder.from_pretrained(source / "vae")
+    if config.vae is not None:
+        vae = ProductAutoencoder.from_pretrained(config.vae)
+        if not same_encoder(vae, own):
+            raise ModelMismatchError(
+                f"{config.vae} has another encoder than the autoencoder that {source} was trained with: only a decoder "
+                "trained with --decoder_only true --init_from that autoencoder fits"
+            )
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(source / "scheduler")
+    scores, reports = read_scores(config.reports)
+    parameters = sum(p.numel() for m in (unet, vae) for p in m.parameters())
+    card |= {
+        "parameters": parameters,
+        "licence": "Apache-2.0",
+        "scores": scores,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "guidance_interval": [config.guidance_low, config.guidance_high],
+    }
+    out = save_folder(config.output_dir, unet, vae, scheduler, card)
+    (out / "README.md").write_text(model_card(config, out.name, parameters, reports), encoding="utf-8")
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    print(json.dumps({"model": str(out), "parameters": parameters, "megabytes": round(size / 1e6, 1)}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GigdiffError as error:
+        sys.exit(f"error: {error}")
