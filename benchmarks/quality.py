@@ -77,15 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     output = args.output or Path("runs/quality") / args.model.replace(":", "-").replace("/", "-")
+    if not args.model.startswith("control:"):
+        import gigdiff
+
+        generator: ImageGenerator = gigdiff.load(args.model)
     train = load_products(args.data_dir, split="train")
     log(f"features of real photos (kept in {args.cache_dir})")
     reference = make_reference(
         load_products(args.data_dir, split="validation"), train, count=args.count, cache_dir=args.cache_dir
     )
-    if not args.model.startswith("control:"):
-        import gigdiff
-
-        generator: ImageGenerator = gigdiff.load(args.model)
     sets = ("names", "short") if args.prompts == "both" else (args.prompts,)
     result: dict[str, object] = {"model": args.model}
     for prompts in sets:

@@ -163,7 +163,7 @@ def latent_statistics(model: ProductAutoencoder, dataset: ProductDataset, config
 def build(config: AutoencoderConfig, dataset: ProductDataset) -> ProductAutoencoder:
     """A new model, started as the best linear codec of the data, or the one to continue from."""
     if config.init_from is not None:
-        return ProductAutoencoder.from_pretrained(config.init_from)  # type: ignore[return-value]
+        return ProductAutoencoder.from_pretrained(config.init_from, posterior_std=config.posterior_std)
     torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
     model = ProductAutoencoder(
         latent_channels=config.latent_channels,

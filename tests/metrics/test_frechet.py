@@ -62,7 +62,10 @@ def test_zero_to_itself_and_exactly_symmetric():
 
 
 def test_mode_collapse_and_a_shift_raise_it():
-    real, other, = features(300, 16, 1), features(300, 16, 1)[::-1].copy()
+    (
+        real,
+        other,
+    ) = features(300, 16, 1), features(300, 16, 1)[::-1].copy()
     real, other = real[:150], other[:150]
     floor = frechet_distance(feature_statistics(real), feature_statistics(other))
     collapsed = np.repeat(other[:1], 150, axis=0)
