@@ -19,7 +19,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.config import parse_config
 from gigdiff.generators.diffusion import save_folder
-from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 
 #: Scores of a report that go onto the card, and what they are called there.
 SCORES = {
@@ -149,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(config.unet_run) / "model"
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
     unet = UNet2DConditionModel.from_pretrained(source / "unet")
-    vae = own = ProductAutoencoder.from_pretrained(source / "vae")
+    vae = own = load_autoencoder(source / "vae")
     if config.vae is not None:
-        vae = ProductAutoencoder.from_pretrained(config.vae)
+        vae = load_autoencoder(config.vae)
         if not same_encoder(vae, own):
             raise ModelMismatchError(
                 f"{config.vae} has another encoder than the autoencoder that {source} was trained with: only a decoder "

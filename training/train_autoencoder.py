@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,8 +31,9 @@ from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
+from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
-from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 
 
@@ -115,7 +117,7 @@ class AutoencoderConfig:
     discriminator_learning_rate: float = 2e-4
     discriminator_gamma: float = 0.5
     prior_weight: float = 1e-4
-    mixed_precision: str = "bf16"
+    mixed_precision: Literal["no", "bf16"] = "bf16"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -163,7 +165,7 @@ def latent_statistics(model: ProductAutoencoder, dataset: ProductDataset, config
 def build(config: AutoencoderConfig, dataset: ProductDataset) -> ProductAutoencoder:
     """A new model, started as the best linear codec of the data, or the one to continue from."""
     if config.init_from is not None:
-        return ProductAutoencoder.from_pretrained(config.init_from, posterior_std=config.posterior_std)
+        return load_autoencoder(config.init_from, posterior_std=config.posterior_std)
     torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
     model = ProductAutoencoder(
         latent_channels=config.latent_channels,
@@ -184,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     source = config.train_data_dir or config.dataset_name
     if source is None:
         raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
+    check_size("--height", config.height)
+    check_size("--width", config.width)
     adversarial = config.adversarial_weight > 0
     if adversarial and not config.decoder_only:
         raise InputError(

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -34,9 +35,9 @@ from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
-from gigdiff.generators.request import GenerationRequest
+from gigdiff.generators.request import GenerationRequest, check_size
 from gigdiff.images import contact_sheet, save_image
-from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.text import TextEncoder, load_text_encoder
 
 
@@ -117,7 +118,7 @@ class DiffusionConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     attention: str = "auto"
-    mixed_precision: str = "bf16"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -254,6 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     source = config.train_data_dir or config.dataset_name
     if source is None:
         raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
+    check_size("--height", config.height)
+    check_size("--width", config.width)
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
     accelerator = Accelerator(
@@ -262,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     device, main_process = accelerator.device, accelerator.is_main_process
     processes, process = accelerator.num_processes, accelerator.process_index
 
-    vae = ProductAutoencoder.from_pretrained(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
+    vae = load_autoencoder(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
     encoder: TextEncoder = load_text_encoder(config.text_encoder, str(device))
     encoded = {}
     for part, split, limit in (

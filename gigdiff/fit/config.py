@@ -54,7 +54,7 @@ def parse_config(config_class: type[Config], description: str, argv: Sequence[st
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise InputError(f"{error}. See --help.") from error
+        raise InputError(f"{' '.join(str(error).split())} See --help.") from error
     values: dict[str, Any] = {name: namespace[name] for name in known}
     return config_class(**values)
 

@@ -11,6 +11,9 @@ Three choices make it fast on a CPU and good after an hour of training:
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,7 +21,9 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-__all__ = ["FixedVarianceGaussian", "ProductAutoencoder"]
+from gigdiff.errors import ModelMismatchError, ModelNotFoundError
+
+__all__ = ["FixedVarianceGaussian", "ProductAutoencoder", "load_autoencoder"]
 
 FACTOR = 8  # pixels per latent position, each way
 
@@ -184,3 +189,20 @@ class ProductAutoencoder(ModelMixin, ConfigMixin):
         """Reconstruction and raw latents, for training: `noise` is standard normal, of the latents' shape."""
         raw = self.encoder(x)
         return self.decoder(raw if noise is None else raw + self.config["posterior_std"] * noise), raw
+
+
+def load_autoencoder(folder: str | Path, **changes: Any) -> ProductAutoencoder:
+    """The autoencoder that training/train_autoencoder.py saved in `folder`, with config values changed by `changes`.
+
+    Raises:
+        ModelNotFoundError: there is none. ModelMismatchError: the folder holds another model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"no autoencoder in {folder}: give the autoencoder/ folder of a run of training/train_autoencoder.py"
+        )
+    try:
+        return ProductAutoencoder.from_pretrained(folder, use_safetensors=True, **changes)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelMismatchError(f"{folder} does not load as a ProductAutoencoder: {str(error)[:300]}") from error

@@ -159,6 +159,9 @@ def test_sigterm_saves_a_checkpoint_and_ends_cleanly(autoencoder: Path, catalogu
     [
         ("train_autoencoder.py", [], "--train_data_dir"),
         ("train_diffusion.py", ["--learning_rat", "1"], 'did you mean "learning_rate"'),
+        ("train_diffusion.py", ["--train_data_dir", "x", "--height", "81"], "--height=81 is not a multiple of 8"),
+        ("train_diffusion.py", ["--train_data_dir", "x", "--vae_name_or_path", "nowhere"], "no autoencoder in nowhere"),
+        ("train_autoencoder.py", ["--mixed_precision", "fp8"], "mixed_precision"),
     ],
 )
 def test_bad_flags_are_one_line_and_no_traceback(script: str, flags: list[str], message: str, tmp_path: Path) -> None:
