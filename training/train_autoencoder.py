@@ -70,7 +70,8 @@ class AutoencoderConfig:
         l1_weight: weight of the mean absolute error.
         l2_weight: weight of the mean squared error.
         edge_weight: weight of the absolute error of horizontal and vertical differences.
-        adversarial_weight: norm of the adversarial gradient on the pixels relative to the others'; 0 is off.
+        adversarial_weight: weight of the adversarial loss; 0 is off. Its gradient is capped at the others'.
+        discriminator_warmup_steps: steps that train the discriminator alone.
         discriminator_learning_rate: Adam's rate for the discriminator.
         discriminator_gamma: weight of its gradient penalty.
         prior_weight: weight of mean squared raw latents (the KL divergence's mean term at fixed variance).
@@ -115,7 +116,8 @@ class AutoencoderConfig:
     edge_weight: float = 0.5
     adversarial_weight: float = 0.0
     discriminator_learning_rate: float = 2e-4
-    discriminator_gamma: float = 0.5
+    discriminator_gamma: float = 0.02
+    discriminator_warmup_steps: int = 100
     prior_weight: float = 1e-4
     mixed_precision: Literal["no", "bf16"] = "bf16"
     seed: int = 0
@@ -290,12 +292,16 @@ def main(argv: list[str] | None = None) -> None:
         check_finite(loss.item(), step, rate)
         values: dict[str, float] = {"loss": loss.item(), "learning_rate": rate}
         if adversarial:
-            # Balanced on the pixels, so that adversarial_weight means the same whatever the losses' scales.
             (fidelity,) = torch.autograd.grad(loss, rebuilt, retain_graph=True)
             generator = generator_loss(critic, pixels, rebuilt)
             (sharpness,) = torch.autograd.grad(generator, rebuilt)
-            scale = config.adversarial_weight * fidelity.norm() / sharpness.norm().clamp(min=1e-12)
+            # Capped, never raised: scaling a weak discriminator's gradient up made both run away together.
+            ratio = float(sharpness.norm() / fidelity.norm())
+            scale = min(config.adversarial_weight, 1 / max(ratio, 1e-12))
+            if step < config.discriminator_warmup_steps:
+                scale = 0.0
             rebuilt.backward(fidelity + scale * sharpness)
+            values["adversarial_share"] = scale * ratio
             positions = positions_of_step(step, config.train_batch_size, process, processes)
             critic_noise = rng.normal(pixels.shape[1:], config.seed, "discriminator noise", positions).to(pixels)
             critic_loss = discriminator_loss(
