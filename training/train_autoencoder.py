@@ -25,7 +25,13 @@ from accelerate.utils import ProjectConfiguration
 from gigdiff import rng
 from gigdiff.data import ProductDataset, load_products
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
-from gigdiff.fit.checkpoint import find_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from gigdiff.fit.checkpoint import (
+    find_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    restore_training,
+    save_checkpoint,
+)
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
@@ -226,17 +232,12 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:
-        state, tensors = load_checkpoint(checkpoint)
-        try:
-            model.load_state_dict(tensors["model"])
-        except RuntimeError as error:
-            raise ModelMismatchError(f"{checkpoint} is of another architecture: {error}") from error
-        ema.load(tensors["ema"], state["ema_updates"])
-        load_optimizer(optimizer, tensors["optimizer"])
+        first_step, tensors = restore_training(checkpoint, "model", model, ema, optimizer)
         if adversarial:
+            if "discriminator" not in tensors:
+                raise ModelMismatchError(f"{checkpoint} has no discriminator: it was made with --adversarial_weight 0")
             critic.load_state_dict(tensors["discriminator"])
             load_optimizer(critic_optimizer, tensors["discriminator_optimizer"])
-        first_step = state["step"]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if adversarial:
         critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)

@@ -27,8 +27,8 @@ from gigdiff.attention import set_attention
 from gigdiff.data import load_products
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.diffusion import add_noise, log_sigmas, min_snr_weight, timesteps_of, velocity
-from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
-from gigdiff.fit.checkpoint import find_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from gigdiff.errors import GigdiffError, InputError
+from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
@@ -307,14 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:
-        state, tensors = load_checkpoint(checkpoint)
-        try:
-            unet.load_state_dict(tensors["unet"])
-        except RuntimeError as error:
-            raise ModelMismatchError(f"{checkpoint} is of another architecture: {str(error)[:300]}") from error
-        ema.load(tensors["ema"], state["ema_updates"])
-        load_optimizer(optimizer, tensors["optimizer"])
-        first_step = state["step"]
+        first_step, _ = restore_training(checkpoint, "unet", unet, ema, optimizer)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
 
     stop = StopSignal().install()

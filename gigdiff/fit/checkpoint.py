@@ -22,8 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError, OutputError
+from gigdiff.fit.ema import Ema
 
-__all__ = ["find_checkpoint", "load_checkpoint", "load_optimizer", "optimizer_tensors", "save_checkpoint"]
+__all__ = [
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_optimizer",
+    "optimizer_tensors",
+    "restore_training",
+    "save_checkpoint",
+]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -173,3 +181,27 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, dict[
             f"{folder} can't be read: {error}. Name an earlier checkpoint with --resume_from_checkpoint."
         ) from error
     return state, tensors
+
+
+def restore_training(
+    folder: str | Path, name: str, model: torch.nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
+    """Put a checkpoint's model (stored as `name`), averaged weights and optimizer state back.
+
+    Returns:
+        The steps done, and all tensors of the checkpoint for whatever else a script keeps.
+
+    Raises:
+        ModelMismatchError: it is of another architecture or another script.
+    """
+    state, tensors = load_checkpoint(folder)
+    try:
+        model.load_state_dict(tensors[name])
+        ema.load(tensors["ema"], state["ema_updates"])
+        load_optimizer(optimizer, tensors["optimizer"])
+    except (RuntimeError, KeyError) as error:
+        raise ModelMismatchError(
+            f"{folder} is of another architecture: {str(error)[:300]} Start with another --output_dir, or with the "
+            "settings in the run's config.yaml."
+        ) from error
+    return state["step"], tensors
