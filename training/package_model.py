@@ -89,7 +89,7 @@ def score_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def model_card(config: PackageConfig, name: str, parameters: int, reports: list[dict[str, Any]]) -> str:
+def model_card(config: PackageConfig, name: str, channels: int, parameters: int, reports: list[dict[str, Any]]) -> str:
     """README.md of the model folder."""
     count = reports[0]["settings"].get("count", "1000") if reports else 0
     return f"""---
@@ -108,7 +108,7 @@ small enough to run on a CPU: {parameters / 1e6:.1f} M parameters, not counting 
     gigdiff.generate("red wool coat", model="{name}")
 
 - **Parts.** `unet/`: diffusers' UNet2DConditionModel, v-prediction. `vae/`: gigdiff's ProductAutoencoder, 8x8
-  pixels to 12 channels. `scheduler/`: DPM-Solver++(2M). Stored in float16.
+  pixels to {channels} channels. `scheduler/`: DPM-Solver++(2M). Stored in float16.
 - **Defaults.** {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, applied for sigma from
   {config.guidance_low:g} to {"infinity" if config.guidance_high is None else f"{config.guidance_high:g}"}.
 - **Stock diffusers** reads this folder too, with prompt embeddings from gigdiff:
@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         "guidance_interval": [config.guidance_low, config.guidance_high],
     }
     out = save_folder(config.output_dir, unet, vae, scheduler, card)
-    (out / "README.md").write_text(model_card(config, out.name, parameters, reports), encoding="utf-8")
+    text = model_card(config, out.name, vae.config["latent_channels"], parameters, reports)
+    (out / "README.md").write_text(text, encoding="utf-8")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(json.dumps({"model": str(out), "parameters": parameters, "megabytes": round(size / 1e6, 1)}))
 
