@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler
 
-from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.fit.config import parse_config
-from gigdiff.generators.diffusion import save_folder
+from gigdiff.generators.diffusion import load_unet, save_folder
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 
 #: Scores of a report that go onto the card, and what they are called there.
@@ -147,8 +147,12 @@ it between: docs/evaluation.md.
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(PackageConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     source = Path(config.unet_run) / "model"
+    if not (source / "gigdiff.json").is_file():
+        raise ModelNotFoundError(
+            f"no {source / 'gigdiff.json'}: give --unet_run the output_dir of a finished run of train_diffusion.py"
+        )
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
-    unet = UNet2DConditionModel.from_pretrained(source / "unet")
+    unet = load_unet(source / "unet")
     vae = own = load_autoencoder(source / "vae")
     if config.vae is not None:
         vae = load_autoencoder(config.vae)

@@ -62,7 +62,7 @@ class AutoencoderConfig:
         encoder_blocks: residual blocks a resolution in the encoder.
         decoder_blocks: residual blocks a resolution in the decoder.
         posterior_std: noise on raw latents during training.
-        init_from: autoencoder folder whose weights to start from.
+        init_from: autoencoder folder whose weights to start from; it may have fewer latent channels.
         decoder_only: freeze the encoder.
         train_batch_size: images a step and process.
         max_train_steps: optimizer steps in all.
@@ -171,9 +171,7 @@ def latent_statistics(model: ProductAutoencoder, dataset: ProductDataset, config
 
 
 def build(config: AutoencoderConfig, dataset: ProductDataset) -> ProductAutoencoder:
-    """A new model, started as the best linear codec of the data, or the one to continue from."""
-    if config.init_from is not None:
-        return load_autoencoder(config.init_from, posterior_std=config.posterior_std)
+    """A new model, started as the best linear codec of the data, or from the one of `init_from`."""
     torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
     model = ProductAutoencoder(
         latent_channels=config.latent_channels,
@@ -186,6 +184,14 @@ def build(config: AutoencoderConfig, dataset: ProductDataset) -> ProductAutoenco
     )
     chosen = rng.permutation(len(dataset), config.seed, "linear start")[:4096].tolist()
     model.init_linear_from_patches(load_pixels(dataset, chosen, config.height, config.width))
+    if config.init_from is not None:
+        known = load_autoencoder(config.init_from)
+        if config.decoder_only and known.config["latent_channels"] != config.latent_channels:
+            raise InputError(
+                f"{config.init_from} has {known.config['latent_channels']} latent channels and --latent_channels is "
+                f"{config.latent_channels}: with --decoder_only true they must be the same"
+            )
+        model.start_from(known)
     return model
 
 

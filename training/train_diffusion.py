@@ -34,10 +34,11 @@ from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
-from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
+from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_folder
 from gigdiff.generators.request import GenerationRequest, check_size
 from gigdiff.images import contact_sheet, save_image
 from gigdiff.models.autoencoder import load_autoencoder
+from gigdiff.models.widen import copy_leading
 from gigdiff.text import TextEncoder, load_text_encoder
 
 
@@ -51,6 +52,7 @@ class DiffusionConfig:
         train_split: split to train on.
         validation_split: split of the held-out loss.
         vae_name_or_path: folder of the autoencoder.
+        init_from: UNet folder whose weights to start from; it may have fewer latent channels.
         text_encoder: "minilm", or a text encoder's folder or hub id.
         output_dir: run folder: checkpoints, log.jsonl, previews/, model/.
         cache_dir: where latents and text embeddings are kept.
@@ -95,6 +97,7 @@ class DiffusionConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     vae_name_or_path: str = "gigdiff/pretrained/mini/vae"
+    init_from: str | None = None
     text_encoder: str = "minilm"
     output_dir: str = "runs/diffusion"
     cache_dir: str = "cache"
@@ -292,6 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     held_out = [batch.to(device) for batch in fixed_batches(encoded["held-out"], config, length)]
 
     unet = build_unet(config, vae.config["latent_channels"], encoder.dim)
+    if config.init_from is not None:
+        copy_leading(load_unet(config.init_from), unet)
     unet = unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = set_attention(unet, config.attention, training=True)
     scheduler = build_scheduler()

@@ -20,10 +20,10 @@ from gigdiff.diffusion import guided
 from gigdiff.errors import ModelMismatchError, ModelNotFoundError, NumericalError
 from gigdiff.generators.request import Capabilities, GenerationRequest, GenerationResult, validate
 from gigdiff.images import to_model, to_uint8
-from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.text import TextEncoder, load_text_encoder
 
-__all__ = ["DiffusionGenerator", "PipelineGenerator", "save_folder"]
+__all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"]
 
 OnStep = Callable[[int, int], None]
 
@@ -124,8 +124,8 @@ class DiffusionGenerator:
             ]
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFoundError(f"{folder} is not a gigdiff model folder: {error}") from error
-        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-        vae = ProductAutoencoder.from_pretrained(folder / "vae", use_safetensors=True)
+        unet = load_unet(folder / "unet")
+        vae = load_autoencoder(folder / "vae")
         scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder / "scheduler")
         encoder = load_text_encoder(card.get("text_encoder", "minilm"), str(device))
         if unet.config.in_channels != vae.config["latent_channels"]:
@@ -413,6 +413,23 @@ class PipelineGenerator:
                 raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
             self.pipeline.set_adapters(["lora"], [scale])
         self._lora = wanted
+
+
+def load_unet(folder: str | Path) -> Any:
+    """The UNet2DConditionModel in `folder`, in float32.
+
+    Raises:
+        ModelNotFoundError: there is none. ModelMismatchError: the folder holds another model.
+    """
+    import diffusers
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"no UNet in {folder}: give a model's unet/ folder")
+    try:
+        return diffusers.UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelMismatchError(f"{folder} does not load as a UNet2DConditionModel: {str(error)[:300]}") from error
 
 
 def save_folder(

@@ -22,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from gigdiff.errors import ModelMismatchError, ModelNotFoundError
+from gigdiff.models.widen import copy_leading
 
 __all__ = ["FixedVarianceGaussian", "ProductAutoencoder", "load_autoencoder"]
 
@@ -163,6 +164,24 @@ class ProductAutoencoder(ModelMixin, ConfigMixin):
         encoder.bias.copy_(-(to_latent @ mean))  # type: ignore[union-attr]
         decoder.weight.copy_(to_pixels[:, :, None, None])
         decoder.bias.copy_(mean)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def start_from(self, other: ProductAutoencoder) -> None:
+        """Take over `other`'s weights and statistics; it may have fewer latent channels.
+
+        Channels that `other` lacks keep this model's linear code (`init_linear_from_patches`), and the decoder begins
+        by ignoring them: reconstructions are `other`'s at first, with something in the new channels to learn from.
+
+        Raises:
+            ModelMismatchError: `other` has other layers, or is wider somewhere.
+        """
+        known = other.config["latent_channels"]
+        linear = self.encoder.linear
+        weight, bias = linear.weight[known:].clone(), linear.bias[known:].clone()  # type: ignore[index]
+        copy_leading(other, self)
+        linear.weight[known:], linear.bias[known:] = weight, bias  # type: ignore[index]
+        self.latents_mean[:, :known].copy_(other.latents_mean)
+        self.latents_std[:, :known].copy_(other.latents_std)
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:

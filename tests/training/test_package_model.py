@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gigdiff
-from gigdiff.errors import InputError, ModelMismatchError
+from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.models.autoencoder import ProductAutoencoder
 
 _spec = importlib.util.spec_from_file_location(
@@ -84,3 +84,8 @@ def test_a_file_that_is_no_report_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match=r"x\.json is no report"):
         package_model.main(["--unet_run", str(run), "--reports", f"[{tmp_path / 'x.json'}]"])
+
+
+def test_a_run_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"finished run of train_diffusion\.py"):
+        package_model.main(["--unet_run", str(tmp_path), "--output_dir", str(tmp_path / "out")])

@@ -135,6 +135,32 @@ def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
     assert image.size == (64, 80)  # type: ignore[union-attr]
 
 
+def test_a_wider_latent_space_starts_from_a_trained_one(autoencoder: Path, catalogue: Path, tmp_path: Path) -> None:
+    """Autoencoder and UNet with more channels, each from its narrower self: no fall back to the start."""
+    wider = [*AUTOENCODER, "--train_data_dir", str(catalogue), "--output_dir", str(tmp_path / "wide")]
+    wider[wider.index("--latent_channels") + 1] = "6"
+    last = ("--validation_steps", "1", "--max_train_steps", "1")
+    run("train_autoencoder.py", *wider, "--init_from", str(autoencoder / "autoencoder"), *last)
+    narrow, wide = (logged(folder)[-1]["validation_psnr"] for folder in (autoencoder, tmp_path / "wide"))
+    assert abs(narrow - wide) < 1.0
+
+    cache, four, six = tmp_path / "cache", tmp_path / "four", tmp_path / "six"
+    run("train_diffusion.py", *diffusion_flags(catalogue, autoencoder, cache, four, 60))
+    run(
+        "train_diffusion.py", *diffusion_flags(catalogue, tmp_path / "wide", cache, six, 1), *last,
+        "--init_from", str(four / "model" / "unet"),
+    )  # fmt: skip
+    # The two new channels start untrained (error about 1), the four old ones as good as they were.
+    expected = (4 * logged(four)[-1]["validation_loss"] + 2 * 1.0) / 6
+    assert logged(six)[-1]["validation_loss"] == pytest.approx(expected, rel=0.2)
+
+    refused = [*wider, "--decoder_only", "true", "--init_from", str(autoencoder / "autoencoder")]
+    done = subprocess.run(
+        command("train_autoencoder.py", *refused), capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
+    assert done.returncode == 1 and "4 latent channels and --latent_channels is 6" in done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_saves_a_checkpoint_and_ends_cleanly(autoencoder: Path, catalogue: Path, tmp_path: Path) -> None:
     flags = [
