@@ -114,8 +114,9 @@ def contrastive_loss(similarity: Tensor, same: Tensor) -> Tensor:
 def overfitting_sign(loss: str, real: Tensor, fake: Tensor) -> float:
     """r_t = E sign D(real), ADA's measure of how sure the discriminator is (Karras et al. 2020, 2006.06676, eq. 1).
 
-    0 is guessing, 1 is always right. Scores of wgan_gp and relativistic losses have no zero of their own, so there each
-    real image is compared with the fake of the same text: E sign(D(real) - D(fake)).
+    0 is guessing, 1 is always right. Scores of wgan_gp and relativistic losses have no zero of their own, so there the
+    middle between real and fake scores is taken for it.
     """
-    centred = real - fake if loss in ("wgan_gp", "relativistic") else real
-    return centred.detach().sign().mean().item()
+    if loss in ("wgan_gp", "relativistic"):
+        real = real - (real.mean() + fake.mean()) / 2
+    return real.detach().sign().mean().item()

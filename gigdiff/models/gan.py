@@ -11,6 +11,8 @@ text, every convolution is modulated by it, and each adds noise of its own for w
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -37,8 +39,8 @@ def coarsest_grid(height: int, width: int, fold: int, widths: tuple[int, ...], b
     divisor = fold * 2 ** (len(widths) - 1)
     if height % divisor or width % divisor:
         raise InputError(
-            f"{height} x {width} can't be folded by {fold} and halved {len(widths) - 1} times; it must be a multiple of "
-            f"{divisor} both ways: give fewer widths or another --height and --width"
+            f"{height} x {width} can't be folded by {fold} and halved {len(widths) - 1} times; it must be a multiple "
+            f"of {divisor} both ways: give fewer widths or another --height and --width"
         )
     return [height // divisor, width // divisor]
 
@@ -127,7 +129,7 @@ class StyleGenerator(ModelMixin, ConfigMixin):
         self.levels = nn.ModuleList(
             nn.ModuleList(StyleBlock(c, style_dim) for _ in range(b)) for c, b in zip(widths, blocks, strict=True)
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
         # What truncation is towards: the mean style of a text over these draws.
         typical = torch.randn(64, noise_dim, generator=torch.Generator().manual_seed(0))
@@ -199,7 +201,7 @@ class ConvGenerator(ModelMixin, ConfigMixin):
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(c) for _ in range(b))) for c, b in zip(widths, blocks, strict=True)
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
 
     @property

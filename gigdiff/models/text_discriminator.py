@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class TextDiscriminator(nn.Module):
         self.conv_in = nn.Conv2d(channels * fold**2, widths[-1], 3, padding=1)
         fine_to_coarse = list(zip(widths, blocks, strict=True))[::-1]
         self.levels = nn.ModuleList(nn.Sequential(*(ResidualBlock(c) for _ in range(b))) for c, b in fine_to_coarse)
-        pairs = zip(fine_to_coarse, fine_to_coarse[1:], strict=False)
+        pairs = itertools.pairwise(fine_to_coarse)
         self.downs = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for (fine, _), (coarse, _) in pairs)
         self.embed = nn.Linear(widths[0] * rows * columns, embed_dim)
         self.realism = nn.Linear(embed_dim, 1)

@@ -1,13 +1,14 @@
 """A conditional variational autoencoder over latents or pixels, sampled from a prior that it learns from the text.
 
 One Gaussian vector an image gives blurred averages. Here the variables form a ladder, as in VDVAE (Child 2021, arXiv
-2011.10650): the decoder goes from a coarse grid to the fine one, and each of its blocks draws a grid of variables from a
-prior that depends on the text and on all that was drawn before. In training a posterior that has also seen the
-image draws them; what it adds to the prior is what the KL divergence charges for.
+2011.10650): the decoder goes from a coarse grid to the fine one, and each of its blocks draws a grid of variables from
+a prior that depends on the text and on all that was drawn before. In training a posterior that has also seen the image
+draws them; what it adds to the prior is what the KL divergence charges for.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         fine_to_coarse = list(zip(widths, blocks, strict=True))[::-1]
         self.conv_in = nn.Conv2d(channels * fold**2, widths[-1], 3, padding=1)
         self.encoder = nn.ModuleList(nn.Sequential(*(ResidualBlock(c) for _ in range(b))) for c, b in fine_to_coarse)
-        pairs = zip(fine_to_coarse, fine_to_coarse[1:], strict=False)
+        pairs = itertools.pairwise(fine_to_coarse)
         self.downs = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for (fine, _), (coarse, _) in pairs)
         self.text = TextSummary(text_dim, widths[0])
         self.start = nn.Parameter(torch.randn(1, widths[0], *self.grid))
@@ -109,7 +110,7 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         self.levels = nn.ModuleList(
             nn.ModuleList(LadderBlock(c, latent_dim) for _ in range(b)) for c, b in zip(widths, blocks, strict=True)
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
         self.log_std = nn.Parameter(torch.zeros(channels))
 
