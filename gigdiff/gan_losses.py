@@ -28,6 +28,7 @@ __all__ = [
     "GENERATOR_LOSSES",
     "RECOMMENDED_PENALTY",
     "contrastive_loss",
+    "critic_loss",
     "finite_difference_penalty",
     "gradient_penalty",
     "interpolate",
@@ -109,6 +110,28 @@ def contrastive_loss(similarity: Tensor, same: Tensor) -> Tensor:
     """
     target = same.float() / same.sum(1, keepdim=True)
     return 0.5 * (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target))
+
+
+def critic_loss(
+    loss: str,
+    real: Tensor,
+    fake: Tensor,
+    mismatched: Tensor,
+    same: Tensor,
+    mismatch_weight: float,
+) -> Tensor:
+    """The discriminator's loss where real photos with another product's text are fakes too (Reed et al., 1605.05396).
+
+    (1 - w) loss(real, fake) + w loss(real, mismatched), mean over images.
+
+    Args:
+        real, fake, mismatched: scores (N,); mismatched: of real image i with text i - 1.
+        same: bool (N, N), which texts are equal: a neighbour's text that is the image's own is no mismatch.
+        mismatch_weight: w.
+    """
+    on = DISCRIMINATOR_LOSSES[loss]
+    wrong = (~same.roll(1, 1).diag()).to(real.dtype)
+    return ((1 - mismatch_weight) * on(real, fake) + mismatch_weight * wrong * on(real, mismatched)).mean()
 
 
 def overfitting_sign(loss: str, real: Tensor, fake: Tensor) -> float:

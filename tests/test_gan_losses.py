@@ -118,3 +118,11 @@ def test_overfitting_sign() -> None:
     assert losses.overfitting_sign("relativistic", real, fake) == 0.5
     assert losses.overfitting_sign("wgan_gp", real + 10, fake + 10) == 0.5
     assert losses.overfitting_sign("hinge", real + 10, fake + 10) == 1.0
+
+
+def test_a_wrong_text_counts_as_a_fake_unless_it_is_the_images_own() -> None:
+    """Three images, the last two with equal texts: image 2 with text 1 is no mismatch."""
+    real, fake, mismatched = torch.tensor([2.0, 2.0, 2.0]), torch.zeros(3), torch.tensor([5.0, 5.0, 5.0])
+    same = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 1]]).bool()
+    value = losses.critic_loss("wgan_gp", real, fake, mismatched, same, 0.25)
+    assert value.item() == pytest.approx(0.75 * -2 + 0.25 * (3 + 3 + 0) / 3)

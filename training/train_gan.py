@@ -531,12 +531,9 @@ def main(argv: list[str] | None = None) -> None:
         judged: Judgement = wrapped_critic(torch.cat([on_real, on_fake]), batch.condition)
         real_scores, fake_scores = judged.scores
         sign = gan_losses.overfitting_sign(config.loss, real_scores, fake_scores)
-        loss_on = gan_losses.DISCRIMINATOR_LOSSES[config.loss]
-        wrong = (~batch.same.roll(1, 1).diag()).float()  # 0 where the neighbour's text is the image's own
-        critic_loss = (
-            (1 - config.mismatch_weight) * loss_on(real_scores, fake_scores).mean()
-            + config.mismatch_weight * (wrong * loss_on(real_scores, judged.mismatched)).mean()
-        )  # fmt: skip
+        critic_loss = gan_losses.critic_loss(
+            config.loss, real_scores, fake_scores, judged.mismatched, batch.same, config.mismatch_weight
+        )
         contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
         values: dict[str, float] = {"discriminator_loss": critic_loss.item(), "contrast_real": contrast.item()}
         critic_loss = critic_loss + config.contrastive_weight * contrast

@@ -150,17 +150,20 @@ class OnePassGenerator:
         noise = torch.stack(
             [torch.randn(self.model.noise_size, generator=torch.Generator("cpu").manual_seed(s)) for s in request.seeds]
         )
-        at_once = 1 if self.device.type == "cpu" and self.dtype == torch.float32 else len(request)
-        parts = []
-        for start in range(0, len(request), at_once):
-            chosen = slice(start, start + at_once)
-            assert request.truncation is not None
-            parts.append(self._draw(noise[chosen], condition[chosen], request.truncation))
-            if on_step is not None:
-                on_step(min(start + at_once, len(request)), len(request))
-        return GenerationResult(
-            np.concatenate(parts), request, self.name, time.perf_counter() - started, tuple(dict.fromkeys(notes))
-        )
+        # Exactness in batches: float32 kernels depend on the batch, so images go one by one; bfloat16 ones were seen to
+        # depend on it only between one image and more, so a single one is drawn as two.
+        at_once = 1 if self.device.type == "cpu" and self.dtype == torch.float32 else max(2, len(request))
+        if at_once == 2 and len(request) == 1:
+            noise, condition = torch.cat([noise, noise]), torch.cat([condition, condition])
+        assert request.truncation is not None
+        parts = [
+            self._draw(noise[start : start + at_once], condition[start : start + at_once], request.truncation)
+            for start in range(0, len(noise), at_once)
+        ]
+        if on_step is not None:
+            on_step(1, 1)
+        images = np.concatenate(parts)[: len(request)]
+        return GenerationResult(images, request, self.name, time.perf_counter() - started, tuple(dict.fromkeys(notes)))
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, condition: Tensor, truncation: float) -> np.ndarray:

@@ -25,10 +25,12 @@ __all__ = ["ConditionalVae", "VaeOutput", "gaussian_nll"]
 
 
 class VaeOutput(NamedTuple):
-    """mean (N, channels, H, W) of p(x | z, text), and the KL divergence (N,) in nats, summed over all variables."""
+    """mean (N, channels, H, W) and log_std (channels,) of p(x | z, text), and the KL divergence (N,) in nats, summed
+    over all variables."""
 
     mean: Tensor
     kl: Tensor
+    log_std: Tensor
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -150,4 +152,4 @@ class ConditionalVae(ModelMixin, ConfigMixin):
                 x, cost = block(x, z.view(len(x), -1, *x.shape[2:]), None if features is None else features[i])
                 kl = kl + cost
         mean = F.pixel_shuffle(self.conv_out(F.silu(x)), self.config["fold"])
-        return VaeOutput(mean.float(), kl)
+        return VaeOutput(mean.float(), kl, self.log_std)
