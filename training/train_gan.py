@@ -72,6 +72,7 @@ class GanConfig:
         width: image width in pixels, a multiple of 8.
         condition_on: "captions", or "attributes": the attribute words alone, as text ("navy shirt for men").
         captions_per_image: wordings of each product; each epoch uses the next.
+        captions_seed: seed of the wordings; by default `seed`. The same one in several runs lets them share a cache.
         generator: "style" (mapping network, modulated convolutions, noise a layer) or "conv" (plain).
         generator_widths: channels of the generator's levels, coarsest first.
         generator_blocks: residual blocks of each.
@@ -135,10 +136,11 @@ class GanConfig:
     width: int = 64
     condition_on: Literal["captions", "attributes"] = "captions"
     captions_per_image: int = 5
+    captions_seed: int | None = None
     generator: Literal["style", "conv"] = "style"
     generator_widths: tuple[int, ...] = (320, 192)
     generator_blocks: tuple[int, ...] = (2, 2)
-    discriminator_widths: tuple[int, ...] = (320, 192)
+    discriminator_widths: tuple[int, ...] = (256, 192)
     discriminator_blocks: tuple[int, ...] = (2, 1)
     noise_dim: int = 128
     style_dim: int = 256
@@ -158,8 +160,8 @@ class GanConfig:
     augment_shift: float = 0.125
     augment_cutout: float = 0.5
     augment_flip: bool = False
-    train_batch_size: int = 64
-    max_train_steps: int = 5000
+    train_batch_size: int = 32
+    max_train_steps: int = 10000
     learning_rate: float = 3e-4
     discriminator_learning_rate: float = 3e-4
     lr_warmup_steps: int = 100
@@ -361,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
             width=config.width,
             captions_per_image=config.captions_per_image,
             cache_dir=config.cache_dir,
-            seed=config.seed,
+            seed=config.seed if config.captions_seed is None else config.captions_seed,
             share=(process, processes),
             attributes_only=config.condition_on == "attributes",
         )

@@ -68,6 +68,7 @@ class VaeConfig:
         width: image width in pixels, a multiple of 8.
         condition_on: "captions", or "attributes": the attribute words alone, as text.
         captions_per_image: wordings of each product; each epoch uses the next.
+        captions_seed: seed of the wordings; by default `seed`. The same one in several runs lets them share a cache.
         widths: channels of the levels, coarsest first.
         blocks: rungs of the ladder on each level.
         latent_dim: variables a position and rung.
@@ -119,6 +120,7 @@ class VaeConfig:
     width: int = 64
     condition_on: Literal["captions", "attributes"] = "captions"
     captions_per_image: int = 5
+    captions_seed: int | None = None
     widths: tuple[int, ...] = (256, 160)
     blocks: tuple[int, ...] = (2, 2)
     latent_dim: int = 8
@@ -126,7 +128,7 @@ class VaeConfig:
     beta_warmup_steps: int = 1000
     text_noise: float = 0.0
     adversarial_weight: float = 0.0
-    discriminator_widths: tuple[int, ...] = (320, 192)
+    discriminator_widths: tuple[int, ...] = (256, 192)
     discriminator_blocks: tuple[int, ...] = (2, 1)
     discriminator_learning_rate: float = 3e-4
     penalty_weight: float = 1.0
@@ -289,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
             width=config.width,
             captions_per_image=config.captions_per_image,
             cache_dir=config.cache_dir,
-            seed=config.seed,
+            seed=config.seed if config.captions_seed is None else config.captions_seed,
             share=(process, processes),
             attributes_only=config.condition_on == "attributes",
         )

@@ -48,7 +48,7 @@ class TextDiscriminator(nn.Module):
         height: int = 10,
         width: int = 8,
         fold: int = 1,
-        widths: tuple[int, ...] = (320, 192),
+        widths: tuple[int, ...] = (256, 192),
         blocks: tuple[int, ...] = (2, 1),
         text_dim: int = 384,
         embed_dim: int = 256,

@@ -92,7 +92,7 @@ def killed_and_resumed(script: str, arguments: list[str], out: Path) -> None:
     [
         (
             "train_gan.py",
-            (*GAN, "--augment_images", "40", "--collapse_grace_steps", "1000"),
+            (*GAN, "--augment_images", "40", "--augment_target", "0.05", "--collapse_grace_steps", "1000"),
             ("generator", "ema", "optimizer", "discriminator", "discriminator_optimizer", "augmentation", "watch"),
         ),
         (
