@@ -149,14 +149,14 @@ class GanConfig:
     penalty_weight: float = 1.0
     penalty_interval: int = 4
     penalty_method: Literal["finite_difference", "exact"] = "finite_difference"
-    penalty_noise: float = 0.1
+    penalty_noise: float = 0.2
     mismatch_weight: float = 0.5
     contrastive_weight: float = 0.25
     text_noise: float = 0.1
     augment: Literal["adaptive", "fixed", "none"] = "adaptive"
     augment_probability: float = 0.3
     augment_target: float = 0.6
-    augment_images: int = 100_000
+    augment_images: int = 500_000
     augment_shift: float = 0.125
     augment_cutout: float = 0.5
     augment_flip: bool = False
@@ -543,6 +543,7 @@ def main(argv: list[str] | None = None) -> None:
             penalty = penalty_of(on_real, on_fake, judged.scores, batch)
             values["penalty"] = penalty.item()
             critic_loss = critic_loss + config.penalty_weight * config.penalty_interval * penalty
+        check_finite(critic_loss.item(), step, rates[1])
         accelerator.backward(critic_loss)
         critic_norm = accelerator.clip_grad_norm_(critic.parameters(), 10.0)
         critic_optimizer.step()
@@ -551,16 +552,16 @@ def main(argv: list[str] | None = None) -> None:
         # The generator, by the discriminator it now meets; that one's weights need no gradients here.
         critic.requires_grad_(False)
         judged = wrapped_critic(augmented(fake, batch, 2), batch.condition)
-        real_scores = judged.scores.detach()[0]
-        if config.loss == "relativistic":
-            with torch.no_grad():
-                real_scores = wrapped_critic(augmented(batch.images, batch, 3), batch.condition).scores[0]
+        with torch.no_grad():  # only the relativistic loss looks at the photos
+            relative = config.loss == "relativistic"
+            on_photos = wrapped_critic(augmented(batch.images, batch, 3), batch.condition) if relative else judged
+            real_scores = on_photos.scores[0].detach()
         loss = gan_losses.GENERATOR_LOSSES[config.loss](real_scores, judged.scores[0]).mean()
         contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
         values |= {"loss": loss.item(), "contrast_fake": contrast.item()}
         accelerator.backward(loss + config.contrastive_weight * contrast)
         critic.requires_grad_(True)
-        check_finite(loss.item() + critic_loss.item(), step, rates[0])
+        check_finite(loss.item(), step, rates[0])
         norm = accelerator.clip_grad_norm_(generator.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -133,7 +133,7 @@ class VaeConfig:
     discriminator_learning_rate: float = 3e-4
     penalty_weight: float = 1.0
     penalty_interval: int = 4
-    penalty_noise: float = 0.1
+    penalty_noise: float = 0.2
     mismatch_weight: float = 0.5
     contrastive_weight: float = 0.25
     train_batch_size: int = 64

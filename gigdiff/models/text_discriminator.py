@@ -81,12 +81,13 @@ class TextDiscriminator(nn.Module):
     def forward(self, images: Tensor, condition: Tensor) -> Judgement:
         """images (k N, ...), group after group; condition (N, 1 + L, text_dim)."""
         n = len(condition)
-        found = self.features(images)
-        text = self.text(condition).float()
-        realism = self.realism(found).float().view(-1, n)
-        match = self.match(found).float().view(-1, *text.shape) * text.shape[-1] ** -0.5
-        scores = realism + (match * text).sum(-1)
-        mismatched = realism[0] + (match[0] * text.roll(1, 0)).sum(-1)
-        image_side = F.normalize(self.contrast(found[:n]).float(), dim=-1)
-        similarity = image_side @ F.normalize(text, dim=-1).T * self.log_scale.exp().clamp(max=30.0)
+        found, text = self.features(images).float(), self.text(condition).float()
+        # In float32: a score rounded to bfloat16 has steps of 0.02, as large as the differences that penalties take.
+        with torch.autocast(images.device.type, enabled=False):
+            realism = self.realism(found).view(-1, n)
+            match = self.match(found).view(-1, *text.shape) * text.shape[-1] ** -0.5
+            scores = realism + (match * text).sum(-1)
+            mismatched = realism[0] + (match[0] * text.roll(1, 0)).sum(-1)
+            image_side = F.normalize(self.contrast(found[:n]), dim=-1)
+            similarity = image_side @ F.normalize(text, dim=-1).T * self.log_scale.exp().clamp(max=30.0)
         return Judgement(scores, mismatched, similarity)

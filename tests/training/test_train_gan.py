@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import gigdiff
+from gigdiff.errors import GigdiffError, ModelMismatchError
 from gigdiff.models.autoencoder import ProductAutoencoder
 
 # Helpers beside this file; with pytest's importlib mode, conftest is no importable module.
@@ -121,6 +125,32 @@ def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
     assert image.size == (64, 80) and image.info["truncation"] == "1"  # type: ignore[union-attr]
 
 
+@pytest.fixture
+def main() -> Iterator[Callable[..., None]]:
+    """Runs a script's main in this process, for what needs no process of its own: starting one takes longer."""
+    from accelerate.state import AcceleratorState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(script: str, *arguments: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        load_script(script).main(list(arguments))
+
+    yield call
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "training" / name)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(
     "choices",
     [
@@ -135,11 +165,10 @@ def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
     ],
     ids=["wgan_gp", "hinge", "non_saturating", "pixel"],
 )  # fmt: skip
-@pytest.mark.slow
 def test_every_loss_and_both_spaces_run(
-    choices: tuple, catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+    main: Callable[..., None], choices: tuple, catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
 ) -> None:
-    run("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 6), *GAN, *choices)
+    main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 6), *GAN, *choices)
     log = logged(tmp_path, KEYS)
     assert len(log) == 6 and all(np.isfinite(line["loss"]) for line in log)
     assert [("penalty" in line) for line in log] == [True, False] * 3, "lazily"
@@ -147,21 +176,39 @@ def test_every_loss_and_both_spaces_run(
     assert images[0].size == (64, 80)  # type: ignore[index]
 
 
-@pytest.mark.slow
-def test_the_vae_runs_on_pixels(catalogue: Path, cache: Path, autoencoder: Path, tmp_path: Path) -> None:
+def test_the_vae_runs_on_pixels(
+    main: Callable[..., None], catalogue: Path, cache: Path, autoencoder: Path, tmp_path: Path
+) -> None:
     sizes = (*VAE, "--space", "pixel", "--widths", "[16, 8, 8]", "--blocks", "[1, 1, 1]")
-    run("train_vae.py", *flags(catalogue, autoencoder, cache, tmp_path, 4), *sizes, "--mixed_precision", "bf16")
+    main("train_vae.py", *flags(catalogue, autoencoder, cache, tmp_path, 4), *sizes, "--mixed_precision", "bf16")
     assert np.isfinite(logged(tmp_path)[-1]["validation_loss"])
     assert gigdiff.generate("red handbag", model=str(tmp_path / "model"), seed=1).size == (64, 80)  # type: ignore[union-attr]
 
 
-def test_a_run_that_collapses_says_so(catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_discriminator_is_refused(
+    main: Callable[..., None], catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+) -> None:
+    first = [*flags(catalogue, autoencoder, cache, tmp_path, 5), *GAN]
+    main("train_gan.py", *first)
+    with pytest.raises(ModelMismatchError, match="another discriminator"):
+        main("train_gan.py", *first, "--discriminator_widths", "[8, 8]", "--resume_from_checkpoint", "latest")
+
+
+def test_a_run_that_collapses_says_so(
+    main: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    catalogue: Path,
+    autoencoder: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
     """A generator that does not learn never gets any variety; the run ends when told to."""
-    done = run(
+    main(
         "train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 40), *GAN, "--learning_rate", "0",
         "--collapse_grace_steps", "0", "--stop_on_collapse", "true",
     )  # fmt: skip
-    assert "collapsed at step 20" in done.stderr and "collapsed and stopped at step 20" in done.stderr
+    said = capfd.readouterr().err
+    assert "collapsed at step 20" in said and "collapsed and stopped at step 20" in said
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["collapsed"] == 1.0
     assert (tmp_path / "checkpoint-20").is_dir() and not (tmp_path / "model").exists()
 
@@ -181,29 +228,12 @@ def test_a_run_that_collapses_says_so(catalogue: Path, autoencoder: Path, cache:
         ("train_vae.py", ["--train_data_dir", "x", "--width", "60"], "--width=60 is not a multiple of 8"),
     ],
 )
-def test_bad_flags_are_one_line_and_no_traceback(script: str, arguments: list[str], message: str) -> None:
-    """In this process: starting Python costs more than the check."""
-    from gigdiff.errors import GigdiffError
-
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "training" / script)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    with pytest.raises(GigdiffError) as caught:
-        module.main(arguments)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_discriminator_is_refused(
-    catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+def test_bad_flags_say_what_is_wrong_in_one_line(
+    main: Callable[..., None], script: str, arguments: list[str], message: str
 ) -> None:
-    first = flags(catalogue, autoencoder, cache, tmp_path, 5)
-    run("train_gan.py", *first, *GAN)
-    other = [*first, *GAN, "--discriminator_widths", "[8, 8]", "--resume_from_checkpoint", "latest"]
-    done = subprocess.run(command("train_gan.py", *other), capture_output=True, text=True, cwd=ROOT, env=environment())
-    assert done.returncode == 1 and "another discriminator" in done.stderr
+    with pytest.raises(GigdiffError) as caught:
+        main(script, *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_after_training_a_swapped_caption_or_image_lowers_the_discriminators_score() -> None:
