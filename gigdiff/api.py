@@ -66,6 +66,7 @@ def generate(
     seed: int | None = ...,
     lora: str | os.PathLike[str] | None = ...,
     lora_scale: float = ...,
+    truncation: float | None = ...,
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
     progress: bool = ...,
@@ -87,6 +88,7 @@ def generate(
     seed: int | None = ...,
     lora: str | os.PathLike[str] | None = ...,
     lora_scale: float = ...,
+    truncation: float | None = ...,
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
     progress: bool = ...,
@@ -107,6 +109,7 @@ def generate(
     seed: int | None = None,
     lora: str | os.PathLike[str] | None = None,
     lora_scale: float = 1.0,
+    truncation: float | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -129,6 +132,7 @@ def generate(
         height, width: pixels, multiples of 8.
         seed: 0 to 2**63 - 1; None draws one, reported in `.info["seed"]` and in the result.
         lora, lora_scale: a LoRA file or hub id and its strength.
+        truncation: 0 to 2, for GANs and VAEs; below 1 = nearer to the most typical picture of the prompt.
         batch_size: images drawn at once; None = as many as make about half a million pixels, at most 32.
         device: "cpu", "cuda", "mps"; None = the best there is. Not for a model that is loaded already.
         progress: a progress bar on stderr.
@@ -153,6 +157,7 @@ def generate(
         seed=seed,
         lora=lora,
         lora_scale=lora_scale,
+        truncation=truncation,
     )
     parts = list(iter_results(request, model=model, batch_size=batch_size, device=device, progress=progress))
     result = join_results(parts)
@@ -174,6 +179,7 @@ def build_request(
     seed: int | None = None,
     lora: str | os.PathLike[str] | None = None,
     lora_scale: float = 1.0,
+    truncation: float | None = None,
 ) -> GenerationRequest:
     """`generate`'s arguments as a request of one prompt and one seed an image, prompt-major; a seed is drawn if None.
 
@@ -212,6 +218,7 @@ def build_request(
         guidance_scale=guidance_scale,
         lora=os.fspath(lora) if isinstance(lora, os.PathLike) else lora,
         lora_scale=lora_scale,
+        truncation=truncation,
     )
 
 

@@ -81,6 +81,9 @@ def cli() -> None:
 @click.option("--width", type=int, help="Pixels, a multiple of 8. [default: the model's]")
 @click.option("--lora", help="LoRA file or hub id.")
 @click.option("--lora-scale", type=float, default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option(
+    "--truncation", type=float, help="0 to 2, for GANs and VAEs; below 1 = more typical. [default: the model's]"
+)
 @click.option("--batch-size", type=int, help="Images drawn at once. [default: by their size]")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")

@@ -1,4 +1,4 @@
-"""A dataset as a diffusion trainer wants it: latents and caption embeddings, encoded once and read from the cache."""
+"""A dataset as the trainers want it: latents or pixels, and caption embeddings, encoded once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from gigdiff.data.cache import ContentStore, content_key, fill
-from gigdiff.data.captions import compose_captions
+from gigdiff.data.captions import compose_captions, short_prompt
 from gigdiff.data.loading import ProductDataset
 from gigdiff.images import fit_image, to_model
 from gigdiff.text import TextEncoder
@@ -37,13 +37,14 @@ class EncodedProducts:
 
     Args:
         dataset: the products.
-        vae: a trained autoencoder with `encode`.
+        vae: a trained autoencoder with `encode`; None where pixels are trained on, and `pixels` read instead.
         text_encoder: the encoder of captions; "" (for prompt dropout) is always encoded too.
         height, width: what photos are fitted into, pixels.
         captions_per_image: how many wordings of each product; epoch e uses wording e mod this.
         cache_dir: where encodings are kept.
         seed: of the wordings.
         share: (process, processes): this process encodes only its share; call `refresh` after all are done.
+        attributes_only: the one wording is the attribute words (`captions.short_prompt`: "navy shirt for men").
     """
 
     def __init__(
@@ -58,19 +59,26 @@ class EncodedProducts:
         cache_dir: str | Path,
         seed: int,
         share: tuple[int, int] = (0, 1),
+        attributes_only: bool = False,
     ) -> None:
         self.dataset = dataset
-        self.captions_per_image = captions_per_image
-        fingerprint = content_key(model_fingerprint(vae), f"{height}x{width}").hex()[:16]
-        self._latents = ContentStore(cache_dir, "latents", fingerprint)
+        self.height, self.width = height, width
+        self.captions_per_image = 1 if attributes_only else captions_per_image
         self._texts = ContentStore(cache_dir, "texts", text_encoder.fingerprint)
-        self._image_keys = [content_key(dataset.image_bytes(i)) for i in range(len(dataset))]
-        wordings = [compose_captions(record, captions_per_image, seed=seed) for record in dataset.records()]
+        if attributes_only:
+            wordings = [[short_prompt(record.product)] for record in dataset.records()]
+        else:
+            wordings = [compose_captions(record, captions_per_image, seed=seed) for record in dataset.records()]
         self.captions = [caption for one in wordings for caption in one]
         self._caption_keys = [content_key(caption) for caption in self.captions]
         self._empty_key = content_key("")
         self.cut: dict[str, str] = {}
-        self._fill_latents(vae, height, width, share)
+        self._latents: ContentStore | None = None
+        if vae is not None:
+            fingerprint = content_key(model_fingerprint(vae), f"{height}x{width}").hex()[:16]
+            self._latents = ContentStore(cache_dir, "latents", fingerprint)
+            self._image_keys = [content_key(dataset.image_bytes(i)) for i in range(len(dataset))]
+            self._fill_latents(self._latents, vae, share)
         self._fill_texts(text_encoder, share)
 
     def __len__(self) -> int:
@@ -78,22 +86,22 @@ class EncodedProducts:
 
     def refresh(self) -> None:
         """Read what other processes have encoded."""
-        self._latents.refresh()
+        if self._latents is not None:
+            self._latents.refresh()
         self._texts.refresh()
 
     @torch.no_grad()
-    def _fill_latents(self, vae: Any, height: int, width: int, share: tuple[int, int]) -> None:
+    def _fill_latents(self, store: ContentStore, vae: Any, share: tuple[int, int]) -> None:
         mine = range(share[0], len(self.dataset), share[1])
         device = next(vae.parameters()).device
 
         def encode(chosen: list[int]) -> list[np.ndarray]:
-            pixels = np.stack([fit_image(self.dataset[mine[i]].image, height, width) for i in chosen])  # type: ignore[arg-type]
-            latents = vae.encode(to_model(pixels).to(device)).latent_dist.mode()
+            latents = vae.encode(self.pixels([mine[i] for i in chosen]).to(device)).latent_dist.mode()
             return list(latents.float().cpu().numpy().astype(np.float16)[:, None])
 
         keys = [self._image_keys[i] for i in mine]
-        with _bar("encoding photos", len({key for key in keys if key not in self._latents})) as bar:
-            fill(self._latents, keys, encode, batch_size=64, on_progress=lambda done, _: bar.update(done - bar.n))
+        with _bar("encoding photos", len({key for key in keys if key not in store})) as bar:
+            fill(store, keys, encode, batch_size=64, on_progress=lambda done, _: bar.update(done - bar.n))
 
     @torch.no_grad()
     def _fill_texts(self, encoder: TextEncoder, share: tuple[int, int]) -> None:
@@ -115,8 +123,14 @@ class EncodedProducts:
         with _bar("encoding captions", sum(key not in self._texts for key in keys)) as bar:
             fill(self._texts, keys, encode, batch_size=128, on_progress=lambda done, _: bar.update(done - bar.n))
 
+    def pixels(self, indices: Sequence[int]) -> torch.Tensor:
+        """The photos themselves, float32 (len(indices), 3, height, width) in [-1, 1]."""
+        fitted = [fit_image(self.dataset[i].image, self.height, self.width) for i in indices]  # type: ignore[arg-type]
+        return to_model(np.stack(fitted))
+
     def latents(self, indices: Sequence[int]) -> torch.Tensor:
-        """float32 (len(indices), C, height/8, width/8)."""
+        """float32 (len(indices), C, height/8, width/8). Needs the autoencoder to have been given."""
+        assert self._latents is not None, "made without an autoencoder"
         stacked = np.concatenate([self._latents.get(self._image_keys[i]) for i in indices])
         return torch.from_numpy(stacked.astype(np.float32))
 

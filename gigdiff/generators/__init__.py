@@ -3,4 +3,5 @@
 request.py    GenerationRequest, GenerationResult, Capabilities, ImageGenerator, validate
 loading.py    load(name | folder | hub id) -> ImageGenerator
 diffusion.py  DiffusionGenerator (the embedded layout), PipelineGenerator (any other diffusers folder)
+one_pass.py   OnePassGenerator: GANs and VAEs
 """

@@ -65,8 +65,14 @@ def load(
     dtype = None if own and dtype is None else pick_dtype(dtype, device)
 
     from gigdiff.generators.diffusion import DiffusionGenerator, PipelineGenerator
+    from gigdiff.generators.one_pass import OnePassGenerator
 
-    classes: dict[str, Any] = {"diffusion": DiffusionGenerator, "pipeline": PipelineGenerator}
+    classes: dict[str, Any] = {
+        "diffusion": DiffusionGenerator,
+        "gan": OnePassGenerator,
+        "vae": OnePassGenerator,
+        "pipeline": PipelineGenerator,
+    }
     if family not in classes:
         raise ModelMismatchError(
             f'"{name}" ({folder / "gigdiff.json"}) is of family "{family}"; this version of gigdiff draws with: '

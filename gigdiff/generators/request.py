@@ -39,6 +39,7 @@ MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
 MAX_SIZE = 4096
 MAX_STEPS = 1000  # the length of the training noise schedule
 MAX_GUIDANCE = 100.0
+MAX_TRUNCATION = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Capabilities:
         sizes: the only (height, width) it can draw, or None: any multiple of `size_multiple` in `size_range`.
         size_multiple: height and width must be multiples of this (at least 8).
         size_range: least and greatest height or width.
-        text: follows a prompt. guidance, negative_prompt, image_to_image, inpaint, lora: has that control.
+        text: follows a prompt. guidance, negative_prompt, image_to_image, inpaint, lora, truncation: has that control.
+        default_truncation: truncation when the request names none; 1.0 = off.
     """
 
     default_size: tuple[int, int]
@@ -69,6 +71,8 @@ class Capabilities:
     image_to_image: bool = False
     inpaint: bool = False
     lora: bool = False
+    truncation: bool = False
+    default_truncation: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class GenerationRequest:
         num_inference_steps: 1 to 1000.
         guidance_scale: 0 to 100; 1 = off, w means uncond + w (cond - uncond).
         lora: path or hub id of a LoRA file. lora_scale: its strength, 1.0 = as trained.
+        truncation: 0 to 2, for GANs and VAEs: how far from the most typical picture of a prompt; 1 = as trained.
 
     Raises:
         InputError: anything else; the message says what was given, what is allowed and what mends it.
@@ -100,6 +105,7 @@ class GenerationRequest:
     guidance_scale: float | None = None
     lora: str | None = None
     lora_scale: float = 1.0
+    truncation: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "negative_prompts"):
@@ -135,6 +141,8 @@ class GenerationRequest:
         if self.lora is not None and (not isinstance(self.lora, str) or not self.lora.strip()):
             raise InputError(f"lora is {_show(self.lora)}; give the path or hub id of a LoRA file as text.")
         check_number("lora_scale", self.lora_scale, -10.0, 10.0, "1 is as trained")
+        if self.truncation is not None:
+            check_number("truncation", self.truncation, 0.0, MAX_TRUNCATION, "1 is as trained")
 
     def __len__(self) -> int:
         """The number of images asked for."""
@@ -206,7 +214,7 @@ def validate(request: GenerationRequest, capabilities: Capabilities, model: str 
     """Checks a request against what a model can do, and fills in the model's defaults.
 
     Returns:
-        The request with height, width, num_inference_steps and guidance_scale set.
+        The request with height, width, num_inference_steps, guidance_scale and, where it applies, truncation set.
 
     Raises:
         CapabilityError: a control the model does not have. InputError: a size or step count out of its range.
@@ -228,6 +236,10 @@ def validate(request: GenerationRequest, capabilities: Capabilities, model: str 
                 )
 
     steps = default.default_steps if request.num_inference_steps is None else request.num_inference_steps
+    if steps > 1 and can.max_steps == 1:
+        raise CapabilityError(
+            f"num_inference_steps={steps} was given, but {model} draws in one pass; leave it out or set it to 1."
+        )
     if not 1 <= steps <= can.max_steps:
         raise InputError(
             f"num_inference_steps={steps} does not suit {model}: it takes 1 to {can.max_steps}; "
@@ -249,7 +261,19 @@ def validate(request: GenerationRequest, capabilities: Capabilities, model: str 
             )
     if request.lora is not None and not can.lora:
         raise CapabilityError(f"lora={request.lora!r} was given, but {model} can't load LoRA files; leave it out.")
-    return replace(request, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance)
+    truncation = request.truncation
+    if truncation is not None and not can.truncation:
+        raise CapabilityError(f"truncation={truncation:g} was given, but {model} has none; leave it out.")
+    if truncation is None and can.truncation:
+        truncation = can.default_truncation
+    return replace(
+        request,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        truncation=truncation,
+    )
 
 
 def check_prompt(prompt: object, name: str = "prompt", empty_allowed: bool = False) -> str:

@@ -1,0 +1,269 @@
+"""train_gan.py and train_vae.py as users launch them: exact resume, every loss, the watch, text that matters."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gigdiff
+from gigdiff.errors import GigdiffError, ModelMismatchError
+from gigdiff.models.autoencoder import ProductAutoencoder
+
+# Helpers beside this file; with pytest's importlib mode, conftest is no importable module.
+_spec = importlib.util.spec_from_file_location("training_helpers", Path(__file__).with_name("conftest.py"))
+assert _spec and _spec.loader
+helpers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(helpers)
+ROOT, command, environment, logged, run = (
+    helpers.ROOT, helpers.command, helpers.environment, helpers.logged, helpers.run,
+)  # fmt: skip
+
+SHARED = (
+    "--train_batch_size", "4", "--captions_per_image", "2", "--report_to", "none", "--lr_warmup_steps", "2",
+    "--mixed_precision", "no", "--validation_prompts", "[red handbag, blue watch]", "--preview_steps", "1000",
+    "--discriminator_widths", "[16, 8]", "--discriminator_blocks", "[1, 1]", "--penalty_interval", "2",
+)  # fmt: skip
+GAN = (
+    *SHARED, "--generator_widths", "[16, 8]", "--generator_blocks", "[1, 1]", "--noise_dim", "8", "--style_dim", "16",
+)  # fmt: skip
+VAE = (*SHARED, "--widths", "[16, 8]", "--blocks", "[1, 1]", "--latent_dim", "2")
+KEYS = (
+    "loss", "grad_norm", "discriminator_loss", "discriminator_grad_norm", "penalty", "contrast_real", "r_t", "r_v",
+    "augment_probability", "diversity", "prompt_diversity", "distance", "validation_loss", "adversarial_loss",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Path:
+    """An untrained autoencoder that codes the catalogue's patches linearly, latents of unit variance."""
+    from gigdiff.data import load_products
+    from gigdiff.images import fit_image, to_model
+
+    torch.manual_seed(0)
+    vae = ProductAutoencoder(4, 8, 8, 8, 1, 1)
+    pixels = np.stack([fit_image(r.image, 80, 64) for r in load_products(str(catalogue))])  # type: ignore[arg-type]
+    vae.init_linear_from_patches(to_model(pixels))
+    with torch.no_grad():
+        raw = vae.encoder(to_model(pixels))
+    vae.set_latent_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
+    folder = tmp_path_factory.mktemp("autoencoder")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def flags(catalogue: Path, autoencoder: Path, cache: Path, out: Path, steps: int) -> list[str]:
+    return [
+        "--train_data_dir", str(catalogue), "--vae_name_or_path", str(autoencoder), "--cache_dir", str(cache),
+        "--output_dir", str(out), "--max_train_steps", str(steps), "--validation_steps", "10",
+        "--checkpointing_steps", "5",
+    ]  # fmt: skip
+
+
+def killed_and_resumed(script: str, arguments: list[str], out: Path) -> None:
+    """Run a script, SIGKILL it between two checkpoints, and run it again to the end."""
+    process = subprocess.Popen(command(script, *arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    log = out / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (out / "model").exists()
+    run(script, *arguments, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize(
+    ("script", "sizes", "parts"),
+    [
+        (
+            "train_gan.py",
+            (*GAN, "--augment_images", "40", "--augment_target", "0.05", "--collapse_grace_steps", "1000"),
+            ("generator", "ema", "optimizer", "discriminator", "discriminator_optimizer", "augmentation", "watch"),
+        ),
+        (
+            "train_vae.py",
+            (*VAE, "--adversarial_weight", "0.1"),
+            ("model", "ema", "optimizer", "discriminator", "discriminator_optimizer"),
+        ),
+    ],
+    ids=["gan", "vae-gan"],
+)
+def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
+    script: str, sizes: tuple, parts: tuple, catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Losses, norms, augmentation, measurements and all weights and moments; then the saved model draws."""
+    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", 20
+    run(script, *flags(catalogue, autoencoder, cache, whole, steps), *sizes, launch=True)
+    killed_and_resumed(script, [*flags(catalogue, autoencoder, cache, killed, steps), *sizes], killed)
+    assert logged(killed, KEYS) == logged(whole, KEYS)
+    assert [line["step"] for line in logged(whole)] == list(range(1, steps + 1))
+    for part in parts:
+        a, b = (load_file(p / f"checkpoint-{steps}" / f"{part}.safetensors") for p in (whole, killed))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
+    if script == "train_gan.py":
+        assert logged(whole, KEYS)[-1]["augment_probability"] > 0, "it was really augmented"
+    image = gigdiff.generate("red handbag", model=str(whole / "model"), seed=1)
+    assert image.size == (64, 80) and image.info["truncation"] == "1"  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def main() -> Iterator[Callable[..., None]]:
+    """Runs a script's main in this process, for what needs no process of its own: starting one takes longer."""
+    from accelerate.state import AcceleratorState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(script: str, *arguments: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        load_script(script).main(list(arguments))
+
+    yield call
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "training" / name)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("--loss", "wgan_gp", "--penalty_weight", "10"),
+        ("--loss", "hinge", "--penalty_method", "exact", "--generator", "conv"),
+        ("--loss", "non_saturating", "--augment", "fixed", "--condition_on", "attributes", "--text_noise", "0"),
+        (
+            "--space", "pixel", "--augment_flip", "true", "--augment", "fixed", "--mixed_precision", "bf16",
+            "--generator_widths", "[16, 8, 8]", "--generator_blocks", "[1, 1, 1]",
+            "--discriminator_widths", "[16, 8, 8]", "--discriminator_blocks", "[1, 1, 1]",
+        ),
+    ],
+    ids=["wgan_gp", "hinge", "non_saturating", "pixel"],
+)  # fmt: skip
+def test_every_loss_and_both_spaces_run(
+    main: Callable[..., None], choices: tuple, catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+) -> None:
+    main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 6), *GAN, *choices)
+    log = logged(tmp_path, KEYS)
+    assert len(log) == 6 and all(np.isfinite(line["loss"]) for line in log)
+    assert [("penalty" in line) for line in log] == [True, False] * 3, "lazily"
+    images = gigdiff.generate(["red handbag", "blue watch"], model=str(tmp_path / "model"), seed=1)
+    assert images[0].size == (64, 80)  # type: ignore[index]
+
+
+def test_the_vae_runs_on_pixels(
+    main: Callable[..., None], catalogue: Path, cache: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    sizes = (*VAE, "--space", "pixel", "--widths", "[16, 8, 8]", "--blocks", "[1, 1, 1]")
+    main("train_vae.py", *flags(catalogue, autoencoder, cache, tmp_path, 4), *sizes, "--mixed_precision", "bf16")
+    assert np.isfinite(logged(tmp_path)[-1]["validation_loss"])
+    assert gigdiff.generate("red handbag", model=str(tmp_path / "model"), seed=1).size == (64, 80)  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_of_another_discriminator_is_refused(
+    main: Callable[..., None], catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+) -> None:
+    first = [*flags(catalogue, autoencoder, cache, tmp_path, 5), *GAN]
+    main("train_gan.py", *first)
+    with pytest.raises(ModelMismatchError, match="another discriminator"):
+        main("train_gan.py", *first, "--discriminator_widths", "[8, 8]", "--resume_from_checkpoint", "latest")
+
+
+def test_a_run_that_collapses_says_so(
+    main: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    catalogue: Path,
+    autoencoder: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    """A generator that does not learn never gets any variety; the run ends when told to."""
+    main(
+        "train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 40), *GAN, "--learning_rate", "0",
+        "--collapse_grace_steps", "0", "--stop_on_collapse", "true",
+    )  # fmt: skip
+    said = capfd.readouterr().err
+    assert "collapsed at step 20" in said and "collapsed and stopped at step 20" in said
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["collapsed"] == 1.0
+    assert (tmp_path / "checkpoint-20").is_dir() and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_gan.py", [], "--train_data_dir"),
+        ("train_gan.py", ["--los", "hinge"], 'did you mean "loss"'),
+        (
+            "train_gan.py",
+            ["--train_data_dir", "x", "--augment_flip", "true"],
+            "--augment_flip true needs --space pixel",
+        ),
+        ("train_gan.py", ["--train_data_dir", "x", "--mismatch_weight", "1"], "--mismatch_weight is 1"),
+        ("train_gan.py", ["--train_data_dir", "x", "--vae_name_or_path", "nowhere"], "no autoencoder in nowhere"),
+        ("train_vae.py", ["--train_data_dir", "x", "--width", "60"], "--width=60 is not a multiple of 8"),
+    ],
+)
+def test_bad_flags_say_what_is_wrong_in_one_line(
+    main: Callable[..., None], script: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(GigdiffError) as caught:
+        main(script, *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_after_training_a_swapped_caption_or_image_lowers_the_discriminators_score() -> None:
+    """Coloured squares on two grounds, each with its own text: 150 steps with mismatched captions as extra fakes."""
+    from gigdiff import gan_losses
+    from gigdiff.models.text_discriminator import TextDiscriminator
+
+    torch.manual_seed(0)
+    texts = torch.randn(4, 5, 12)
+    kinds = torch.randn(4, 4, 1, 1)
+    net = TextDiscriminator(4, 10, 8, 1, (16, 16), (1, 1), 12, 16)
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3, betas=(0.0, 0.99))
+
+    def photos(which: torch.Tensor) -> torch.Tensor:
+        return kinds[which] + 0.3 * torch.randn(len(which), 4, 10, 8)
+
+    for _ in range(150):
+        which = torch.randint(0, 4, (16,))
+        fakes = torch.randn(16, 4, 10, 8)
+        judged = net(torch.cat([photos(which), fakes]), texts[which])
+        same = which[:, None] == which[None]
+        loss = gan_losses.critic_loss("relativistic", *judged.scores, judged.mismatched, same, 0.5)
+        loss = loss + 0.25 * gan_losses.contrastive_loss(judged.similarity, same)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    which, other = torch.arange(4).repeat(8), (torch.arange(4).repeat(8) + 1) % 4
+    with torch.no_grad():
+        right = net(photos(which), texts[which]).scores[0]
+        swapped_text = net(photos(which), texts[other]).scores[0]
+        swapped_image = net(photos(other), texts[which]).scores[0]
+    assert (right > swapped_text).float().mean() > 0.9 and (right > swapped_image).float().mean() > 0.9
+    assert right.mean() > swapped_text.mean() + 1

@@ -1,0 +1,637 @@
+"""Train a text-conditioned GAN on product photos and their captions.
+
+    accelerate launch training/train_gan.py --config configs/gan_mini.yaml
+
+In the latent space of an autoencoder of train_autoencoder.py (`--space latent`, the diffusion model's own, with the
+same captions and text encoder), or on pixels (`--space pixel`). The loss, its regulariser and the generator's
+architecture are choices; docs/gan.md says what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch.utils.flop_counter import FlopCounterMode
+
+from gigdiff import gan_losses, rng
+from gigdiff.data import load_products
+from gigdiff.data.encoded import EncodedProducts
+from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.fit.augmentation import DRAWS, AdaptiveStrength, augment
+from gigdiff.fit.checkpoint import (
+    find_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    restore_training,
+    save_checkpoint,
+)
+from gigdiff.fit.collapse import CollapseWatch, Variety, measure_variety, overfitting_ratio
+from gigdiff.fit.config import as_yaml, parse_config
+from gigdiff.fit.ema import Ema
+from gigdiff.fit.order import positions_of_step, samples_at
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.schedule import learning_rate, set_learning_rate
+from gigdiff.generators.one_pass import OnePassGenerator, latent_space_of, save_one_pass
+from gigdiff.generators.request import GenerationRequest, check_size
+from gigdiff.images import contact_sheet, save_image
+from gigdiff.models.autoencoder import load_autoencoder
+from gigdiff.models.conditioning import blur_condition
+from gigdiff.models.gan import ConvGenerator, StyleGenerator
+from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
+from gigdiff.text import TextEncoder, load_text_encoder
+
+GENERATORS: dict[str, Any] = {"style": StyleGenerator, "conv": ConvGenerator}
+PIXEL_FOLD = 4  # pixels are worked on as patches of 4 x 4
+
+
+@dataclasses.dataclass(frozen=True)
+class GanConfig:
+    """Keys of configs/gan_*.yaml.
+
+    Args:
+        train_data_dir: folder of photos (imagefolder or Parquet); or use dataset_name.
+        dataset_name: hub id of a dataset.
+        train_split: split to train on.
+        validation_split: split that variety and overfitting are measured on.
+        space: "latent" draws an autoencoder's latents, "pixel" the pixels.
+        vae_name_or_path: folder of the autoencoder (latent space).
+        text_encoder: "minilm", or a text encoder's folder or hub id.
+        output_dir: run folder: checkpoints, log.jsonl, previews/, best/, model/.
+        cache_dir: where latents and text embeddings are kept.
+        height: image height in pixels, a multiple of 8.
+        width: image width in pixels, a multiple of 8.
+        condition_on: "captions", or "attributes": the attribute words alone, as text ("navy shirt for men").
+        captions_per_image: wordings of each product; each epoch uses the next.
+        captions_seed: seed of the wordings; by default `seed`. The same one in several runs lets them share a cache.
+        generator: "style" (mapping network, modulated convolutions, noise a layer) or "conv" (plain).
+        generator_widths: channels of the generator's levels, coarsest first.
+        generator_blocks: residual blocks of each.
+        discriminator_widths: channels of the discriminator's levels, coarsest first.
+        discriminator_blocks: residual blocks of each.
+        noise_dim: numbers of the generator's noise vector.
+        style_dim: numbers of a style.
+        loss: "relativistic", "non_saturating", "hinge" or "wgan_gp"; see gigdiff.gan_losses.
+        penalty: gradient penalty: "r1", "r1_r2", "wgan_gp", "none", or "auto", the one the loss goes with.
+        penalty_weight: its weight, averaged over steps.
+        penalty_interval: take it every so many steps, times as strong (lazy regularisation).
+        penalty_method: "finite_difference" (no second derivative) or "exact" (wgan_gp is always exact).
+        penalty_noise: standard deviation of the finite difference's noise.
+        mismatch_weight: share of fakes that are real images with another product's text.
+        contrastive_weight: weight of finding each image's text among the batch's; 0 is off.
+        text_noise: noise on the text condition, relative to its size, against learning names by heart.
+        augment: "adaptive" (ADA), "fixed" (at augment_probability) or "none".
+        augment_probability: of each transform, when fixed.
+        augment_target: how sure the discriminator may be (r_t) before adaptive augmentation grows.
+        augment_images: images in which it would grow from 0 to 1.
+        augment_shift: largest shift, as a share of the size.
+        augment_cutout: side of the blanked square, as a share of the size.
+        augment_flip: mirror; only in pixel space, and it mirrors prints and logos.
+        train_batch_size: images a step and process.
+        max_train_steps: optimizer steps in all.
+        learning_rate: peak of the generator's schedule.
+        discriminator_learning_rate: peak of the discriminator's.
+        lr_warmup_steps: linear warm-up.
+        lr_decay_fraction: last part of the run that decays by a cosine.
+        adam_beta1: Adam's momentum, of both.
+        adam_beta2: Adam's second moment decay, of both.
+        ema_decay: decay of the generator's averaged weights, which are what is measured and saved.
+        mixed_precision: "no" or "bf16".
+        seed: of data order, wordings, initialisation, noise and augmentation.
+        checkpointing_steps: save every so many steps.
+        checkpoints_total_limit: how many checkpoints to keep.
+        resume_from_checkpoint: "latest" or a checkpoint folder.
+        validation_steps: measure variety and overfitting every so many steps.
+        num_validation_images: how many validation photos for that.
+        collapse_diversity: variety over prompts below which a measurement is bad, as a share of the photos'.
+        collapse_prompt_diversity: variety within a prompt below which it is bad.
+        collapse_grace_steps: measurements before this step are not judged.
+        stop_on_collapse: end the run when it has collapsed.
+        preview_steps: draw the validation prompts every so many steps.
+        validation_prompts: what is drawn.
+        truncation: the saved model's default, and that of previews.
+        report_to: tracker of Accelerate, "tensorboard" or "none".
+        max_train_samples: use only the first so many photos.
+    """
+
+    train_data_dir: str | None = None
+    dataset_name: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    space: Literal["latent", "pixel"] = "latent"
+    vae_name_or_path: str = "gigdiff/pretrained/mini/vae"
+    text_encoder: str = "minilm"
+    output_dir: str = "runs/gan"
+    cache_dir: str = "cache"
+    height: int = 80
+    width: int = 64
+    condition_on: Literal["captions", "attributes"] = "captions"
+    captions_per_image: int = 5
+    captions_seed: int | None = None
+    generator: Literal["style", "conv"] = "style"
+    generator_widths: tuple[int, ...] = (320, 192)
+    generator_blocks: tuple[int, ...] = (2, 2)
+    discriminator_widths: tuple[int, ...] = (256, 192)
+    discriminator_blocks: tuple[int, ...] = (2, 1)
+    noise_dim: int = 128
+    style_dim: int = 256
+    loss: Literal["relativistic", "non_saturating", "hinge", "wgan_gp"] = "relativistic"
+    penalty: Literal["auto", "r1", "r1_r2", "wgan_gp", "none"] = "auto"
+    penalty_weight: float = 1.0
+    penalty_interval: int = 4
+    penalty_method: Literal["finite_difference", "exact"] = "finite_difference"
+    penalty_noise: float = 0.2
+    mismatch_weight: float = 0.5
+    contrastive_weight: float = 0.25
+    text_noise: float = 0.1
+    augment: Literal["adaptive", "fixed", "none"] = "adaptive"
+    augment_probability: float = 0.3
+    augment_target: float = 0.6
+    augment_images: int = 500_000
+    augment_shift: float = 0.125
+    augment_cutout: float = 0.5
+    augment_flip: bool = False
+    train_batch_size: int = 32
+    max_train_steps: int = 10000
+    learning_rate: float = 3e-4
+    discriminator_learning_rate: float = 3e-4
+    lr_warmup_steps: int = 100
+    lr_decay_fraction: float = 0.3
+    adam_beta1: float = 0.0
+    adam_beta2: float = 0.99
+    ema_decay: float = 0.998
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    num_validation_images: int = 1024
+    collapse_diversity: float = 0.3
+    collapse_prompt_diversity: float = 0.02
+    collapse_grace_steps: int = 1000
+    stop_on_collapse: bool = False
+    preview_steps: int = 1000
+    validation_prompts: tuple[str, ...] = (
+        "red wool coat",
+        "yellow summer dress",
+        "brown leather belt",
+        "black leather handbag",
+        "blue jeans",
+        "white sneakers",
+        "crimson pullover",
+        "spectacles",
+        "silver watch for men",
+        "green t-shirt",
+        "gold earrings",
+        "pink lipstick",
+    )
+    truncation: float = 1.0
+    report_to: str = "tensorboard"
+    max_train_samples: int | None = None
+
+    def checked_penalty(self) -> str:
+        """The penalty that is meant; raises InputError for combinations that make no sense."""
+        penalty = gan_losses.RECOMMENDED_PENALTY[self.loss] if self.penalty == "auto" else self.penalty
+        if self.augment_flip and self.space == "latent":
+            raise InputError(
+                "--augment_flip true needs --space pixel: mirrored latents are not the latents of a mirrored photo"
+            )
+        if not 0 <= self.mismatch_weight < 1:
+            raise InputError(f"--mismatch_weight is {self.mismatch_weight:g}; at least 0 and below 1 is allowed")
+        if self.penalty_interval < 1 or self.train_batch_size < 2:
+            raise InputError(
+                f"--penalty_interval is {self.penalty_interval}, at least 1 is needed; --train_batch_size is "
+                f"{self.train_batch_size}, at least 2 is needed (another product's text makes a mismatch)"
+            )
+        return penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """images (N, C, H, W), condition (N, 1 + L, D), same bool (N, N): equal texts, noise (N, noise_size),
+    draws uniform (N, 4 * DRAWS + 1), penalty_noise (2 N, C, H, W) or empty."""
+
+    images: torch.Tensor
+    condition: torch.Tensor
+    same: torch.Tensor
+    noise: torch.Tensor
+    draws: torch.Tensor
+    penalty_noise: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+
+def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Tensor:
+    """float32 (N, C, H, W): latents, or pixels in [-1, 1]."""
+    return data.latents(indices) if space == "latent" else data.pixels(indices)
+
+
+def make_batch(
+    data: EncodedProducts, positions: range, config: GanConfig, length: int, noise_size: int, penalised: bool
+) -> Batch:
+    """The samples at `positions` of the endless stream; each depends on (seed, position) alone."""
+    indices = samples_at(positions, len(data), config.seed)
+    images = images_of(data, indices, config.space)
+    condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
+    same = (condition[:, None, 0] == condition[None, :, 0]).all(-1)
+    if config.text_noise > 0:
+        blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
+        condition = blur_condition(condition, blur, config.text_noise)
+    penalty_noise = torch.empty(0)
+    if penalised:
+        both = [rng.normal(images.shape[1:], config.seed, f"penalty noise {i}", positions) for i in range(2)]
+        penalty_noise = torch.cat(both)
+    return Batch(
+        images,
+        condition,
+        same,
+        rng.normal((noise_size,), config.seed, "gan noise", positions),
+        rng.uniform(4 * DRAWS + 1, config.seed, "augmentation", positions),
+        penalty_noise,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What variety and overfitting are measured on: held-out photos and their first wordings (reals, condition), as
+    many train photos and theirs, fixed noise, and eight seeds each for the first 32 prompts."""
+
+    reals: torch.Tensor
+    condition: torch.Tensor
+    train: torch.Tensor
+    train_condition: torch.Tensor
+    noise: torch.Tensor
+    repeated_noise: torch.Tensor
+
+
+def held_out_set(
+    held_out: EncodedProducts, train: EncodedProducts, config: GanConfig, length: int, noise_size: int
+) -> HeldOut:
+    count = min(len(held_out), len(train))
+    chosen = rng.permutation(len(train), config.seed, "measured train photos")[:count].tolist()
+    indices = list(range(count))
+    return HeldOut(
+        images_of(held_out, indices, config.space),
+        held_out.conditions([(i, 0) for i in indices], length),
+        images_of(train, chosen, config.space),
+        train.conditions([(i, 0) for i in chosen], length),
+        rng.normal((noise_size,), config.seed, "held-out noise", indices),
+        rng.normal((noise_size,), config.seed, "repeated noise", range(8 * min(32, count))),
+    )
+
+
+def drawn(generator: torch.nn.Module, noise: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """What the generator draws, in parts, float32 on the CPU."""
+    device = next(generator.parameters()).device
+    parts = zip(noise.split(64), condition.split(64), strict=True)
+    return torch.cat([generator(z.to(device), c.to(device)).float().cpu() for z, c in parts])
+
+
+@torch.no_grad()
+def measure(generator: torch.nn.Module, critic: torch.nn.Module, data: HeldOut) -> tuple[Variety, float]:
+    """Variety of what the generator draws, and the discriminator's r_v, in the caller's precision."""
+    device = next(critic.parameters()).device
+    fakes = drawn(generator, data.noise, data.condition)
+    prompts = len(data.repeated_noise) // 8
+    repeated = drawn(generator, data.repeated_noise, data.condition[:prompts].repeat_interleave(8, 0))
+
+    def scores(images: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        parts = zip(images.split(64), condition.split(64), strict=True)
+        return torch.cat([critic(x.to(device), c.to(device)).scores[0].cpu() for x, c in parts])
+
+    ratio = overfitting_ratio(
+        scores(data.train, data.train_condition), scores(data.reals, data.condition), scores(fakes, data.condition)
+    )
+    return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), data.reals), ratio
+
+
+def preview(generator: OnePassGenerator, config: GanConfig, path: Path) -> None:
+    """Draw the validation prompts with seeds 0 to 3 through the same code as gigdiff.generate."""
+    prompts = tuple(prompt for prompt in config.validation_prompts for _ in range(4))
+    images = list(
+        generator.generate(GenerationRequest(prompts, tuple(range(4)) * len(config.validation_prompts))).images
+    )
+    metadata = {"prompts": json.dumps(config.validation_prompts), "seeds": "0 to 3 each"}
+    save_image(path, contact_sheet(images, 12, labels=prompts, scale=2), metadata, overwrite=True)
+
+
+def gigaflops(model: torch.nn.Module, *inputs: torch.Tensor) -> float:
+    """GFLOP of one forward pass of one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(GanConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
+    source = config.train_data_dir or config.dataset_name
+    if source is None:
+        raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
+    check_size("--height", config.height)
+    check_size("--width", config.width)
+    penalty_kind = config.checked_penalty()
+    finite = config.penalty_method == "finite_difference" and penalty_kind in ("r1", "r1_r2")
+    out = Path(config.output_dir)
+    trackers = None if config.report_to == "none" else config.report_to
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
+    )
+    device, main_process = accelerator.device, accelerator.is_main_process
+    processes, process = accelerator.num_processes, accelerator.process_index
+
+    vae = None
+    if config.space == "latent":
+        vae = load_autoencoder(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
+    encoder: TextEncoder = load_text_encoder(config.text_encoder, str(device))
+    train, held_out = (
+        EncodedProducts(
+            load_products(source, split=split, limit=limit),
+            vae,
+            encoder,
+            height=config.height,
+            width=config.width,
+            captions_per_image=config.captions_per_image,
+            cache_dir=config.cache_dir,
+            seed=config.seed if config.captions_seed is None else config.captions_seed,
+            share=(process, processes),
+            attributes_only=config.condition_on == "attributes",
+        )
+        for split, limit in (
+            (config.train_split, config.max_train_samples),
+            (config.validation_split, config.num_validation_images),
+        )
+    )
+    accelerator.wait_for_everyone()
+    train.refresh()
+    held_out.refresh()
+    length = encoder.max_length
+
+    if vae is None:
+        shape = {"channels": 3, "height": config.height, "width": config.width, "fold": PIXEL_FOLD}
+    else:
+        channels = vae.config["latent_channels"]
+        shape = {"channels": channels, "height": config.height // 8, "width": config.width // 8, "fold": 1}
+    torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
+    generator = GENERATORS[config.generator](
+        **shape,
+        widths=config.generator_widths,
+        blocks=config.generator_blocks,
+        text_dim=encoder.dim,
+        noise_dim=config.noise_dim,
+        style_dim=config.style_dim,
+    )
+    critic = TextDiscriminator(
+        **shape, widths=config.discriminator_widths, blocks=config.discriminator_blocks, text_dim=encoder.dim
+    )
+    noise_size: int = generator.noise_size
+    measured = held_out_set(held_out, train, config, length, noise_size)
+    flops = {
+        "generator": gigaflops(generator, measured.noise[:1], measured.condition[:1]),
+        "discriminator": gigaflops(critic, measured.reals[:1], measured.condition[:1]),
+    }
+    # Channels last is what the CPU's and the tensor cores' convolutions want.
+    generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
+    ema = Ema(generator, config.ema_decay)
+    optimizer, critic_optimizer = (
+        torch.optim.Adam(model.parameters(), lr=rate, betas=(config.adam_beta1, config.adam_beta2), fused=True)
+        for model, rate in ((generator, config.learning_rate), (critic, config.discriminator_learning_rate))
+    )
+    strength = AdaptiveStrength(config.augment_target, config.augment_images)
+    watch = CollapseWatch(
+        config.collapse_diversity, config.collapse_prompt_diversity, grace_steps=config.collapse_grace_steps
+    )
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
+    first_step = 0
+    if checkpoint is not None:
+        first_step, tensors = restore_training(checkpoint, "generator", generator, ema, optimizer)
+        try:
+            critic.load_state_dict(tensors["discriminator"])
+            load_optimizer(critic_optimizer, tensors["discriminator_optimizer"])
+            strength.load(tensors["augmentation"])
+            watch.load(tensors["watch"])
+        except (RuntimeError, KeyError) as error:
+            raise ModelMismatchError(
+                f"{checkpoint} is of another discriminator: {str(error)[:300]} Start with another --output_dir, or "
+                "with the settings in the run's config.yaml."
+            ) from error
+    wrapped, optimizer = accelerator.prepare(generator, optimizer)
+    wrapped_critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+
+    stop = StopSignal().install()
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in (("G", generator), ("D", critic))}
+        print(
+            f"generator {sizes['G'] / 1e6:.1f} M parameters, {flops['generator']:.2f} GFLOP a pass; discriminator "
+            f"{sizes['D'] / 1e6:.1f} M, {flops['discriminator']:.2f}; {len(train):,} photos; {config.loss} with "
+            f"{penalty_kind}",
+            file=sys.stderr,
+            flush=True,
+        )
+    log = JsonLines(out / "log.jsonl", first_step) if main_process else None
+    if trackers:
+        accelerator.init_trackers("logs")
+
+    def averaged() -> torch.nn.Module:
+        with ema.applied_to(generator):
+            return copy.deepcopy(generator)
+
+    def card(step: int) -> dict[str, Any]:
+        return {
+            "family": "gan",
+            "text_encoder": config.text_encoder,
+            "space": config.space,
+            "latent_space": None if vae is None else latent_space_of(vae),
+            "height": config.height,
+            "width": config.width,
+            "truncation": config.truncation,
+            "parameters": sum(p.numel() for m in (generator, vae) if m is not None for p in m.parameters()),
+            "trained_steps": step,
+            "trained_images": step * config.train_batch_size * processes,
+        }
+
+    def save(step: int) -> None:
+        tensors = {
+            "generator": dict(generator.state_dict()),
+            "ema": ema.shadow,
+            "optimizer": optimizer_tensors(optimizer.optimizer),
+            "discriminator": dict(critic.state_dict()),
+            "discriminator_optimizer": optimizer_tensors(critic_optimizer.optimizer),
+            "augmentation": strength.tensors(),
+            "watch": watch.tensors(),
+        }
+        state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
+        save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
+
+    def penalised(step: int) -> bool:
+        return penalty_kind != "none" and step % config.penalty_interval == 0
+
+    def load(step: int) -> Batch:
+        positions = positions_of_step(step, config.train_batch_size, process, processes)
+        return make_batch(train, positions, config, length, noise_size, finite and penalised(step))
+
+    def augmented(images: torch.Tensor, batch: Batch, use: int) -> torch.Tensor:
+        probability = {
+            "none": 0.0,
+            "fixed": config.augment_probability,
+            "adaptive": strength.probability,
+        }[config.augment]
+        return augment(
+            images,
+            batch.draws[:, use * DRAWS : (use + 1) * DRAWS],
+            probability,
+            shift=config.augment_shift,
+            cutout=config.augment_cutout,
+            flip=config.augment_flip,
+        )
+
+    def penalty_of(real: torch.Tensor, fake: torch.Tensor, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The gradient penalty where `scores` (2, N) are those of real and fake: exact, or by finite differences."""
+        if penalty_kind == "wgan_gp":
+            images = gan_losses.interpolate(real, fake, batch.draws[:, -1])
+            return gan_losses.unit_gradient_penalty(wrapped_critic(images, batch.condition).scores, images)
+        images = (real if penalty_kind == "r1" else torch.cat([real, fake])).detach()
+        if not finite:
+            images = images.requires_grad_()
+            return gan_losses.gradient_penalty(wrapped_critic(images, batch.condition).scores, images)
+        noisy = images + config.penalty_noise * batch.penalty_noise[: len(images)]
+        noisy_scores = wrapped_critic(noisy, batch.condition).scores
+        return gan_losses.finite_difference_penalty(scores[: len(noisy_scores)], noisy_scores, config.penalty_noise)
+
+    started, images_done = time.monotonic(), 0
+    for step, batch in prefetched(range(first_step, config.max_train_steps), load):
+        batch = batch.to(device)
+        rates = [
+            learning_rate(
+                step,
+                peak=peak,
+                warmup_steps=config.lr_warmup_steps,
+                total_steps=config.max_train_steps,
+                decay_fraction=config.lr_decay_fraction,
+            )
+            for peak in (config.learning_rate, config.discriminator_learning_rate)
+        ]
+        set_learning_rate(optimizer, rates[0])
+        set_learning_rate(critic_optimizer, rates[1])
+        # One drawing serves both players: the discriminator learns on it, then the generator by the new discriminator.
+        fake = wrapped(batch.noise, batch.condition)
+
+        # The discriminator: real photos, drawn ones, and real photos with another product's text.
+        on_real, on_fake = augmented(batch.images, batch, 0), augmented(fake.detach(), batch, 1)
+        judged: Judgement = wrapped_critic(torch.cat([on_real, on_fake]), batch.condition)
+        real_scores, fake_scores = judged.scores
+        sign = gan_losses.overfitting_sign(config.loss, real_scores, fake_scores)
+        critic_loss = gan_losses.critic_loss(
+            config.loss, real_scores, fake_scores, judged.mismatched, batch.same, config.mismatch_weight
+        )
+        contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
+        values: dict[str, float] = {"discriminator_loss": critic_loss.item(), "contrast_real": contrast.item()}
+        critic_loss = critic_loss + config.contrastive_weight * contrast
+        if penalised(step):
+            penalty = penalty_of(on_real, on_fake, judged.scores, batch)
+            values["penalty"] = penalty.item()
+            critic_loss = critic_loss + config.penalty_weight * config.penalty_interval * penalty
+        check_finite(critic_loss.item(), step, rates[1])
+        accelerator.backward(critic_loss)
+        critic_norm = accelerator.clip_grad_norm_(critic.parameters(), 10.0)
+        critic_optimizer.step()
+        critic_optimizer.zero_grad()
+
+        # The generator, by the discriminator it now meets; that one's weights need no gradients here.
+        critic.requires_grad_(False)
+        judged = wrapped_critic(augmented(fake, batch, 2), batch.condition)
+        with torch.no_grad():  # only the relativistic loss looks at the photos
+            relative = config.loss == "relativistic"
+            on_photos = wrapped_critic(augmented(batch.images, batch, 3), batch.condition) if relative else judged
+            real_scores = on_photos.scores[0].detach()
+        loss = gan_losses.GENERATOR_LOSSES[config.loss](real_scores, judged.scores[0]).mean()
+        contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
+        values |= {"loss": loss.item(), "contrast_fake": contrast.item()}
+        accelerator.backward(loss + config.contrastive_weight * contrast)
+        critic.requires_grad_(True)
+        check_finite(loss.item(), step, rates[0])
+        norm = accelerator.clip_grad_norm_(generator.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(generator)
+        images_done += len(batch.images) * processes
+
+        done = step + 1
+        # Averaged over processes, which must go on augmenting alike.
+        sign = float(accelerator.reduce(torch.tensor(sign, device=device), "mean"))
+        strength.see(sign, len(batch.images) * processes)
+        values |= {
+            "r_t": sign,
+            "augment_probability": strength.probability,
+            "learning_rate": rates[0],
+            "grad_norm": float(norm),
+            "discriminator_grad_norm": float(critic_norm),
+            "images_per_second": images_done / (time.monotonic() - started),
+        }
+        last = done == config.max_train_steps
+        if main_process and (done % config.validation_steps == 0 or last):
+            with ema.applied_to(generator), accelerator.autocast():
+                variety, values["r_v"] = measure(generator, critic, measured)
+            before = watch.collapsed
+            best = watch.see(done, variety)
+            values |= dataclasses.asdict(variety) | {"collapsed": float(watch.collapsed)}
+            if best:
+                save_one_pass(out / "best", averaged(), vae, card(done))
+            if watch.collapsed and not before:
+                print(watch.message(done, variety), file=sys.stderr, flush=True)
+            print(
+                f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True
+            )
+        if main_process and (done % config.preview_steps == 0 or last):
+            drawing = OnePassGenerator(
+                averaged(),
+                vae,
+                encoder,
+                name="preview",
+                height=config.height,
+                width=config.width,
+                truncation=config.truncation,
+                device=device,
+            )
+            preview(drawing, config, out / "previews" / f"step-{done:06d}.png")
+        if log is not None:
+            log.write(done, values)
+        accelerator.log(values, step=done)
+        if main_process and (done % config.checkpointing_steps == 0 or last or stop.requested):
+            save(done)
+        if stop.requested or (config.stop_on_collapse and watch.collapsed):
+            why = "stopped" if stop.requested else "collapsed and stopped"
+            print(f"{why} at step {done}; continue with --resume_from_checkpoint latest", file=sys.stderr)
+            break
+    else:
+        if main_process:
+            if not watch.collapsed or watch.best_step == 0:
+                save_one_pass(out / "model", averaged(), vae, card(config.max_train_steps))
+            summary = {
+                "model": str(out / ("model" if (out / "model").is_dir() else "best")),
+                "steps": config.max_train_steps,
+                "collapsed": watch.collapsed,
+                "best_step": watch.best_step,
+            }
+            print(json.dumps(summary))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except GigdiffError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,499 @@
+"""Train a conditional VAE on product photos and their captions; with --adversarial_weight it is a VAE-GAN.
+
+    accelerate launch training/train_vae.py --config configs/vae_mini.yaml
+
+In the latent space of an autoencoder of train_autoencoder.py (`--space latent`), or on pixels (`--space pixel`). It is
+sampled from its prior, which is learned and depends on the text; docs/gan.md says how it is built.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from gigdiff import gan_losses, rng
+from gigdiff.data import load_products
+from gigdiff.data.encoded import EncodedProducts
+from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.fit.checkpoint import (
+    find_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    restore_training,
+    save_checkpoint,
+)
+from gigdiff.fit.collapse import Variety, measure_variety
+from gigdiff.fit.config import as_yaml, parse_config
+from gigdiff.fit.ema import Ema
+from gigdiff.fit.order import positions_of_step, samples_at
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.schedule import learning_rate, set_learning_rate
+from gigdiff.generators.one_pass import OnePassGenerator, latent_space_of, save_one_pass
+from gigdiff.generators.request import GenerationRequest, check_size
+from gigdiff.images import contact_sheet, save_image
+from gigdiff.models.autoencoder import load_autoencoder
+from gigdiff.models.conditioning import blur_condition
+from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
+from gigdiff.models.vae import ConditionalVae, VaeOutput, gaussian_nll
+from gigdiff.text import TextEncoder, load_text_encoder
+
+PIXEL_FOLD = 4  # pixels are worked on as patches of 4 x 4
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """Keys of configs/vae_*.yaml.
+
+    Args:
+        train_data_dir: folder of photos (imagefolder or Parquet); or use dataset_name.
+        dataset_name: hub id of a dataset.
+        train_split: split to train on.
+        validation_split: split of the held-out bound.
+        space: "latent" models an autoencoder's latents, "pixel" the pixels.
+        vae_name_or_path: folder of the autoencoder (latent space).
+        text_encoder: "minilm", or a text encoder's folder or hub id.
+        output_dir: run folder: checkpoints, log.jsonl, previews/, model/.
+        cache_dir: where latents and text embeddings are kept.
+        height: image height in pixels, a multiple of 8.
+        width: image width in pixels, a multiple of 8.
+        condition_on: "captions", or "attributes": the attribute words alone, as text.
+        captions_per_image: wordings of each product; each epoch uses the next.
+        captions_seed: seed of the wordings; by default `seed`. The same one in several runs lets them share a cache.
+        widths: channels of the levels, coarsest first.
+        blocks: rungs of the ladder on each level.
+        latent_dim: variables a position and rung.
+        beta: weight of the KL divergence at the end of its warm-up; 1 is the likelihood's bound.
+        beta_warmup_steps: steps over which it grows from 0.
+        text_noise: noise on the text condition, relative to its size.
+        adversarial_weight: weight of a discriminator's judgement of samples from the prior (VAE-GAN); 0 is off.
+        discriminator_widths: channels of the discriminator's levels, coarsest first.
+        discriminator_blocks: residual blocks of each.
+        discriminator_learning_rate: Adam's rate for the discriminator.
+        penalty_weight: its gradient penalty (R1 + R2).
+        penalty_interval: take it every so many steps, times as strong.
+        penalty_noise: standard deviation of the finite difference's noise.
+        mismatch_weight: share of its fakes that are real images with another product's text.
+        contrastive_weight: weight of finding each image's text among the batch's.
+        train_batch_size: images a step and process.
+        max_train_steps: optimizer steps in all.
+        learning_rate: peak of the schedule.
+        lr_warmup_steps: linear warm-up.
+        lr_decay_fraction: last part of the run that decays by a cosine.
+        adam_beta2: AdamW's second moment decay.
+        adam_weight_decay: AdamW's weight decay.
+        max_grad_norm: gradient clipping.
+        ema_decay: decay of the averaged weights, which are what is validated and saved.
+        mixed_precision: "no" or "bf16".
+        seed: of data order, wordings, initialisation and noise.
+        checkpointing_steps: save every so many steps.
+        checkpoints_total_limit: how many checkpoints to keep.
+        resume_from_checkpoint: "latest" or a checkpoint folder.
+        validation_steps: held-out bound and variety every so many steps.
+        num_validation_images: how many validation photos for that.
+        preview_steps: draw the validation prompts every so many steps.
+        validation_prompts: what is drawn.
+        truncation: scale of the prior's standard deviations: the saved model's default, and that of previews.
+        report_to: tracker of Accelerate, "tensorboard" or "none".
+        max_train_samples: use only the first so many photos.
+    """
+
+    train_data_dir: str | None = None
+    dataset_name: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    space: Literal["latent", "pixel"] = "latent"
+    vae_name_or_path: str = "gigdiff/pretrained/mini/vae"
+    text_encoder: str = "minilm"
+    output_dir: str = "runs/vae"
+    cache_dir: str = "cache"
+    height: int = 80
+    width: int = 64
+    condition_on: Literal["captions", "attributes"] = "captions"
+    captions_per_image: int = 5
+    captions_seed: int | None = None
+    widths: tuple[int, ...] = (256, 160)
+    blocks: tuple[int, ...] = (2, 2)
+    latent_dim: int = 8
+    beta: float = 1.0
+    beta_warmup_steps: int = 1000
+    text_noise: float = 0.0
+    adversarial_weight: float = 0.0
+    discriminator_widths: tuple[int, ...] = (256, 192)
+    discriminator_blocks: tuple[int, ...] = (2, 1)
+    discriminator_learning_rate: float = 3e-4
+    penalty_weight: float = 1.0
+    penalty_interval: int = 4
+    penalty_noise: float = 0.2
+    mismatch_weight: float = 0.5
+    contrastive_weight: float = 0.25
+    train_batch_size: int = 64
+    max_train_steps: int = 5000
+    learning_rate: float = 5e-4
+    lr_warmup_steps: int = 100
+    lr_decay_fraction: float = 0.4
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.998
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    num_validation_images: int = 512
+    preview_steps: int = 1000
+    validation_prompts: tuple[str, ...] = (
+        "red wool coat",
+        "yellow summer dress",
+        "brown leather belt",
+        "black leather handbag",
+        "blue jeans",
+        "white sneakers",
+        "crimson pullover",
+        "spectacles",
+        "silver watch for men",
+        "green t-shirt",
+        "gold earrings",
+        "pink lipstick",
+    )
+    truncation: float = 1.0
+    report_to: str = "tensorboard"
+    max_train_samples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """images (N, C, H, W), condition (N, 1 + L, D), same bool (N, N): equal texts, noise of the posterior and of the
+    prior (N, noise_size), penalty_noise (2 N, C, H, W); the last two empty where they are not needed."""
+
+    images: torch.Tensor
+    condition: torch.Tensor
+    same: torch.Tensor
+    noise: torch.Tensor
+    prior_noise: torch.Tensor
+    penalty_noise: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+
+def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Tensor:
+    """float32 (N, C, H, W): latents, or pixels in [-1, 1]."""
+    return data.latents(indices) if space == "latent" else data.pixels(indices)
+
+
+def make_batch(
+    data: EncodedProducts, positions: range, config: VaeConfig, length: int, noise_size: int, penalised: bool
+) -> Batch:
+    """The samples at `positions` of the endless stream; each depends on (seed, position) alone."""
+    indices = samples_at(positions, len(data), config.seed)
+    images = images_of(data, indices, config.space)
+    condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
+    same = (condition[:, None, 0] == condition[None, :, 0]).all(-1)
+    if config.text_noise > 0:
+        blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
+        condition = blur_condition(condition, blur, config.text_noise)
+    prior_noise = penalty_noise = torch.empty(0)
+    if config.adversarial_weight > 0:
+        prior_noise = rng.normal((noise_size,), config.seed, "prior noise", positions)
+    if penalised:
+        both = [rng.normal(images.shape[1:], config.seed, f"penalty noise {i}", positions) for i in range(2)]
+        penalty_noise = torch.cat(both)
+    noise = rng.normal((noise_size,), config.seed, "posterior noise", positions)
+    return Batch(images, condition, same, noise, prior_noise, penalty_noise)
+
+
+def bound(output: VaeOutput, images: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta-weighted negative evidence lower bound, in nats a dimension, less log(2 pi)/2; mean over images."""
+    return (gaussian_nll(images, output.mean, output.log_std) + beta * output.kl).mean() / images[0].numel()
+
+
+@torch.no_grad()
+def validate(model: Any, held_out: EncodedProducts, config: VaeConfig, length: int) -> tuple[dict[str, float], Variety]:
+    """The bound and its KL part on held-out photos with fixed noise, and the variety of samples from the prior."""
+    device = next(model.parameters()).device
+    indices = list(range(len(held_out)))
+    images = images_of(held_out, indices, config.space)
+    condition = held_out.conditions([(i, 0) for i in indices], length)
+    noise = rng.normal((model.noise_size,), config.seed, "held-out noise", indices)
+    prompts = min(32, len(indices))
+    repeated_noise = rng.normal((model.noise_size,), config.seed, "repeated noise", range(8 * prompts))
+
+    def in_parts(*inputs: torch.Tensor, rebuild: bool = False) -> VaeOutput:
+        parts = []
+        for part in zip(*(x.to(device).split(64) for x in inputs), strict=True):
+            parts.append(model(part[0], part[1], images=part[2] if rebuild else None))
+        mean, kl = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("mean", "kl"))
+        return VaeOutput(mean, kl, model.log_std.detach().cpu())
+
+    rebuilt = in_parts(noise, condition, images, rebuild=True)
+    values = {
+        "validation_loss": bound(rebuilt, images, 1.0).item(),
+        "validation_kl": rebuilt.kl.mean().item() / images[0].numel(),
+        "validation_l2": (rebuilt.mean - images).square().mean().item(),
+    }
+    samples = in_parts(noise.roll(1, 0), condition).mean
+    repeated = in_parts(repeated_noise, condition[:prompts].repeat_interleave(8, 0)).mean
+    return values, measure_variety(samples, repeated.unflatten(0, (prompts, 8)), images)
+
+
+def preview(generator: OnePassGenerator, config: VaeConfig, path: Path) -> None:
+    """Draw the validation prompts with seeds 0 to 3 through the same code as gigdiff.generate."""
+    prompts = tuple(prompt for prompt in config.validation_prompts for _ in range(4))
+    seeds = tuple(range(4)) * len(config.validation_prompts)
+    images = list(generator.generate(GenerationRequest(prompts, seeds)).images)
+    metadata = {"prompts": json.dumps(config.validation_prompts), "seeds": "0 to 3 each"}
+    save_image(path, contact_sheet(images, 12, labels=prompts, scale=2), metadata, overwrite=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(VaeConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
+    source = config.train_data_dir or config.dataset_name
+    if source is None:
+        raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
+    check_size("--height", config.height)
+    check_size("--width", config.width)
+    if config.penalty_interval < 1 or config.train_batch_size < 2:
+        raise InputError(
+            f"--penalty_interval is {config.penalty_interval}, at least 1 is needed; --train_batch_size is "
+            f"{config.train_batch_size}, at least 2 is needed"
+        )
+    adversarial = config.adversarial_weight > 0
+    out = Path(config.output_dir)
+    trackers = None if config.report_to == "none" else config.report_to
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
+    )
+    device, main_process = accelerator.device, accelerator.is_main_process
+    processes, process = accelerator.num_processes, accelerator.process_index
+
+    autoencoder = None
+    if config.space == "latent":
+        autoencoder = load_autoencoder(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
+    encoder: TextEncoder = load_text_encoder(config.text_encoder, str(device))
+    train, held_out = (
+        EncodedProducts(
+            load_products(source, split=split, limit=limit),
+            autoencoder,
+            encoder,
+            height=config.height,
+            width=config.width,
+            captions_per_image=config.captions_per_image,
+            cache_dir=config.cache_dir,
+            seed=config.seed if config.captions_seed is None else config.captions_seed,
+            share=(process, processes),
+            attributes_only=config.condition_on == "attributes",
+        )
+        for split, limit in (
+            (config.train_split, config.max_train_samples),
+            (config.validation_split, config.num_validation_images),
+        )
+    )
+    accelerator.wait_for_everyone()
+    train.refresh()
+    held_out.refresh()
+    length = encoder.max_length
+
+    if autoencoder is None:
+        shape = {"channels": 3, "height": config.height, "width": config.width, "fold": PIXEL_FOLD}
+    else:
+        channels = autoencoder.config["latent_channels"]
+        shape = {"channels": channels, "height": config.height // 8, "width": config.width // 8, "fold": 1}
+    torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
+    model: Any = ConditionalVae(
+        **shape, widths=config.widths, blocks=config.blocks, latent_dim=config.latent_dim, text_dim=encoder.dim
+    )
+    critic = TextDiscriminator(
+        **shape, widths=config.discriminator_widths, blocks=config.discriminator_blocks, text_dim=encoder.dim
+    )
+    # Channels last is what the CPU's and the tensor cores' convolutions want.
+    model, critic = (m.to(device, memory_format=torch.channels_last) for m in (model, critic))
+    ema = Ema(model, config.ema_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
+    critic_optimizer = torch.optim.Adam(
+        critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.0, 0.99), fused=True
+    )
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
+    first_step = 0
+    if checkpoint is not None:
+        first_step, tensors = restore_training(checkpoint, "model", model, ema, optimizer)
+        if adversarial:
+            if "discriminator" not in tensors:
+                raise ModelMismatchError(f"{checkpoint} has no discriminator: it was made with --adversarial_weight 0")
+            critic.load_state_dict(tensors["discriminator"])
+            load_optimizer(critic_optimizer, tensors["discriminator_optimizer"])
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if adversarial:
+        wrapped_critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+
+    stop = StopSignal().install()
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+        count = sum(p.numel() for p in model.parameters())
+        kind = "VAE-GAN" if adversarial else "VAE"
+        print(f"{kind}, {count / 1e6:.1f} M parameters, {len(train):,} photos", file=sys.stderr, flush=True)
+    log = JsonLines(out / "log.jsonl", first_step) if main_process else None
+    if trackers:
+        accelerator.init_trackers("logs")
+
+    def averaged() -> torch.nn.Module:
+        with ema.applied_to(model):
+            return copy.deepcopy(model)
+
+    def save(step: int) -> None:
+        tensors = {
+            "model": dict(model.state_dict()),
+            "ema": ema.shadow,
+            "optimizer": optimizer_tensors(optimizer.optimizer),
+        }
+        if adversarial:
+            tensors["discriminator"] = dict(critic.state_dict())
+            tensors["discriminator_optimizer"] = optimizer_tensors(critic_optimizer.optimizer)
+        state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
+        save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
+
+    def penalised(step: int) -> bool:
+        return adversarial and step % config.penalty_interval == 0
+
+    def load(step: int) -> Batch:
+        positions = positions_of_step(step, config.train_batch_size, process, processes)
+        return make_batch(train, positions, config, length, model.noise_size, penalised(step))
+
+    def train_critic(batch: Batch, samples: torch.Tensor, step: int) -> dict[str, float]:
+        """One step of the discriminator on photos and on samples from the prior."""
+        both = torch.cat([batch.images, samples])
+        judged: Judgement = wrapped_critic(both, batch.condition)
+        loss = gan_losses.critic_loss(
+            "relativistic", *judged.scores, judged.mismatched, batch.same, config.mismatch_weight
+        )
+        contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
+        values = {"discriminator_loss": loss.item(), "contrast_real": contrast.item()}
+        loss = loss + config.contrastive_weight * contrast
+        if penalised(step):
+            noisy = wrapped_critic(both + config.penalty_noise * batch.penalty_noise, batch.condition).scores
+            penalty = gan_losses.finite_difference_penalty(judged.scores, noisy, config.penalty_noise)
+            loss = loss + config.penalty_weight * config.penalty_interval * penalty
+            values["penalty"] = penalty.item()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(critic.parameters(), 10.0)
+        critic_optimizer.step()
+        critic_optimizer.zero_grad()
+        return values
+
+    started, images_done = time.monotonic(), 0
+    for step, batch in prefetched(range(first_step, config.max_train_steps), load):
+        batch = batch.to(device)
+        rate = learning_rate(
+            step,
+            peak=config.learning_rate,
+            warmup_steps=config.lr_warmup_steps,
+            total_steps=config.max_train_steps,
+            decay_fraction=config.lr_decay_fraction,
+        )
+        set_learning_rate(optimizer, rate)
+        beta = config.beta * min(1.0, (step + 1) / max(1, config.beta_warmup_steps))
+        output: VaeOutput = wrapped(batch.noise, batch.condition, images=batch.images)
+        loss = bound(output, batch.images, beta)
+        check_finite(loss.item(), step, rate)
+        values: dict[str, float] = {
+            "loss": loss.item(),
+            "kl": output.kl.mean().item() / batch.images[0].numel(),
+            "l2": (output.mean.detach() - batch.images).square().mean().item(),
+            "beta": beta,
+            "learning_rate": rate,
+        }
+        if adversarial:
+            samples = wrapped(batch.prior_noise, batch.condition).mean
+            set_learning_rate(critic_optimizer, config.discriminator_learning_rate * rate / config.learning_rate)
+            values |= train_critic(batch, samples.detach(), step)
+            critic.requires_grad_(False)
+            on_samples: Judgement = wrapped_critic(samples, batch.condition)
+            with torch.no_grad():
+                on_photos: Judgement = wrapped_critic(batch.images, batch.condition)
+            fooled = gan_losses.GENERATOR_LOSSES["relativistic"](on_photos.scores[0], on_samples.scores[0]).mean()
+            fooled = fooled + config.contrastive_weight * gan_losses.contrastive_loss(on_samples.similarity, batch.same)
+            values["adversarial_loss"] = fooled.item()
+            check_finite(fooled.item(), step, rate)
+            loss = loss + config.adversarial_weight * fooled
+        accelerator.backward(loss)
+        critic.requires_grad_(True)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+        images_done += len(batch.images) * processes
+
+        done = step + 1
+        values["grad_norm"] = float(norm)
+        values["images_per_second"] = images_done / (time.monotonic() - started)
+        last = done == config.max_train_steps
+        if main_process and (done % config.validation_steps == 0 or last):
+            with ema.applied_to(model), accelerator.autocast():
+                measured, variety = validate(model, held_out, config, length)
+            values |= measured | dataclasses.asdict(variety)
+            print(
+                f"step {done}: {json.dumps({k: round(v, 5) for k, v in values.items()})}", file=sys.stderr, flush=True
+            )
+        if main_process and (done % config.preview_steps == 0 or last):
+            drawing = OnePassGenerator(
+                averaged(),
+                autoencoder,
+                encoder,
+                name="preview",
+                height=config.height,
+                width=config.width,
+                truncation=config.truncation,
+                device=device,
+            )
+            preview(drawing, config, out / "previews" / f"step-{done:06d}.png")
+        if log is not None:
+            log.write(done, values)
+        accelerator.log(values, step=done)
+        if main_process and (done % config.checkpointing_steps == 0 or last or stop.requested):
+            save(done)
+        if stop.requested:
+            print(f"stopped at step {done}; continue with --resume_from_checkpoint latest", file=sys.stderr)
+            break
+    else:
+        if main_process:
+            card = {
+                "family": "vae",
+                "text_encoder": config.text_encoder,
+                "space": config.space,
+                "latent_space": None if autoencoder is None else latent_space_of(autoencoder),
+                "height": config.height,
+                "width": config.width,
+                "truncation": config.truncation,
+                "parameters": sum(p.numel() for m in (model, autoencoder) if m is not None for p in m.parameters()),
+                "trained_steps": config.max_train_steps,
+                "trained_images": config.max_train_steps * config.train_batch_size * processes,
+            }
+            save_one_pass(out / "model", averaged(), autoencoder, card)
+            print(json.dumps({"model": str(out / "model"), "steps": config.max_train_steps}))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except GigdiffError as error:
+        sys.exit(f"error: {error}")
