@@ -79,8 +79,8 @@ def cli() -> None:
 @click.option("--guidance-scale", "--guidance", type=float, help="0 to 100, 1 = off. [default: the model's]")
 @click.option("--height", type=int, help="Pixels, a multiple of 8. [default: the model's]")
 @click.option("--width", type=int, help="Pixels, a multiple of 8. [default: the model's]")
-@click.option("--lora", help="LoRA file or hub id.")
-@click.option("--lora-scale", type=float, default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--lora", multiple=True, help="LoRA file, folder or hub id; give it again for several at once.")
+@click.option("--lora-scale", type=float, multiple=True, help="Strength, one for all or one each. [default: 1.0]")
 @click.option("--batch-size", type=int, help="Images drawn at once. [default: by their size]")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -114,6 +114,8 @@ def _generate(
 ) -> None:
     from gigdiff.api import build_request, iter_results, join_results
 
+    scales = settings["lora_scale"]
+    settings["lora_scale"] = scales if len(scales) > 1 else scales[0] if scales else 1.0
     request = build_request(
         list(prompts),
         num_images_per_prompt=num_images_per_prompt,
