@@ -261,18 +261,20 @@ def _to_theirs(layers: Mapping[str, _Layer], naming: str) -> dict[str, _Layer]:
         for block in blocks:
             for their_layer, modules in table.items():
                 names = [f"{ours}.{block}.{module}" for module in modules]
-                have = [left.pop(name) if name in left else None for name in names]
+                have = [left.pop(name, None) for name in names]
                 found = [one for one in have if one is not None]
-                if found and len(found) < len(have):
-                    raise ModelMismatchError(
-                        f"{theirs}.{block}.{their_layer} is one matrix in {naming} naming; this LoRA has only a part "
-                        f"of {', '.join(modules)}. Train all of them (--target_modules) to convert."
-                    )
                 if found:
-                    out[f"{theirs}_{block}_{their_layer}"] = _join(found)
+                    whole = [one or _nothing(module, found[0]) for one, module in zip(have, modules, strict=True)]
+                    out[f"{theirs}_{block}_{their_layer}"] = _join(whole)
     for module, layer in left.items():
         out[_to_ldm(module) if naming == "ldm" else module.replace(".", "_")] = layer
     return out
+
+
+def _nothing(module: str, beside: _Layer) -> _Layer:
+    """A layer of rank 0 for the part of a fused matrix that has no LoRA; the MLP's part is four times the width."""
+    width = beside.down.shape[1] * (4 if module == "proj_mlp" else 1)
+    return _Layer(beside.down[:0], beside.up.new_zeros(width, 0), None, 0.0)
 
 
 def _split(layer: _Layer, parts: int) -> list[_Layer]:
@@ -300,9 +302,9 @@ def _join(layers: list[_Layer]) -> _Layer:
     magnitude = torch.cat(magnitudes) if len(magnitudes) == len(layers) else None
     if all(layer.alpha == first.alpha and torch.equal(layer.down, first.down) for layer in layers):
         return _Layer(first.down, torch.cat([layer.up for layer in layers]), magnitude, first.alpha)
-    ranks = [layer.down.shape[0] for layer in layers]
+    ranks = [max(1, layer.down.shape[0]) for layer in layers]
     # One alpha serves the whole matrix, so each block's own scale alpha / rank goes into its lora_B.
-    total = sum(ranks)
+    total = sum(layer.down.shape[0] for layer in layers)
     ups = [layer.up * (layer.alpha / rank) for layer, rank in zip(layers, ranks, strict=True)]
     return _Layer(torch.cat([layer.down for layer in layers]), torch.block_diag(*ups), magnitude, float(total))
 

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +181,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
 
 
 def lora_tensors(parts: Mapping[str, Any], name: str = "default") -> dict[str, Tensor]:
-    """The adapter `name` of each part as diffusers' keys, on the CPU."""
+    """A copy of the adapter `name` of each part, with diffusers' keys, on the CPU."""
     from peft import get_peft_model_state_dict
 
     tensors = {}
@@ -188,7 +189,7 @@ def lora_tensors(parts: Mapping[str, Any], name: str = "default") -> dict[str, T
         # transformers 5 flattened CLIPTextModel; files keep the older, common "text_model." in front.
         inner = "text_model." if part in TEXT_PARTS and not hasattr(model, "text_model") and _is_clip(model) else ""
         for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
-            tensors[f"{part}.{inner}{key}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{part}.{inner}{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 
@@ -450,6 +451,7 @@ class AdapterSlots:
         check_fits(lora, self.parts, self._name)
         name = f"lora{len(self._loaded)}"
         try:
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
             for part, config in lora.configs.items():
                 metadata = {f"{part}.{k}": v for k, v in config.items()}
                 if part in TRUNKS:
@@ -465,6 +467,8 @@ class AdapterSlots:
                     )
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelMismatchError(f"lora '{lora.path}' does not fit {self._name}: {str(error)[:300]}") from error
+        for part in lora.configs:
+            self.parts[part].eval()  # peft's new layers start in training mode
         self._loaded[key] = name
         self._parts_of[name] = list(lora.configs)
         trunk = next((part for part in lora.configs if part in TRUNKS), None)
