@@ -338,11 +338,14 @@ def _configs_of(tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> d
                 "alpha_pattern": {},
             },
         )
-        config["target_modules"].append(module)
+        # newer transformers dropped CLIP's "text_model."; without it a name fits both, by its end
+        name = module.removeprefix("text_model.")
+        pattern = ("^" if name == module else "") + re.escape(name)
+        config["target_modules"].append(name)
         if rank != config["r"]:
-            config["rank_pattern"][f"^{re.escape(module)}"] = rank
+            config["rank_pattern"][pattern] = rank
         if alpha != config["lora_alpha"]:
-            config["alpha_pattern"][f"^{re.escape(module)}"] = alpha
+            config["alpha_pattern"][pattern] = alpha
     return configs
 
 

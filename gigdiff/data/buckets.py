@@ -48,7 +48,7 @@ def bucket_sizes(height: int, width: int, *, multiple: int = 64, max_ratio: floa
     area = height * width
     sizes = {(height, width)}
     for h in range(multiple, int(math.sqrt(area * max_ratio)) + multiple, multiple):
-        w = area // h // multiple * multiple
+        w = min(area // h, int(max_ratio * h)) // multiple * multiple
         if w and max(h, w) <= max_ratio * min(h, w):
             sizes.add((h, w))
     # of several of one ratio the largest

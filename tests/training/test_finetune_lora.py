@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import gigdiff
 from gigdiff import lora as L
 from gigdiff.errors import DataError, GigdiffError, InputError, NumericalError
+from gigdiff.fit.families import FAMILIES as FAMILY_TABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -258,7 +259,7 @@ def test_prior_preservation_draws_what_is_missing_and_trains_on_it(config: Any) 
 
 def test_caption_dropout_and_captions_work_with_the_cache(config: Any) -> None:
     captions = [["one", "two"], ["three"]]
-    family = F.FAMILIES["mini"]
+    family = FAMILY_TABLE["mini"]
 
     class Data:
         def latents(self, photos: list[int], mirrored: Any = None) -> torch.Tensor:
