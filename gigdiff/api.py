@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gigdiff.errors import InputError
 from gigdiff.generators.request import (
@@ -35,6 +35,7 @@ MAX_IMAGES = 10_000  # a prompt; a larger job is several calls
 PIXELS_PER_BATCH = 2 * 512 * 512
 
 Prompt = str | Product
+Lora = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 def load(
@@ -64,8 +65,8 @@ def generate(
     height: int | None = ...,
     width: int | None = ...,
     seed: int | None = ...,
-    lora: str | os.PathLike[str] | None = ...,
-    lora_scale: float = ...,
+    lora: Lora = ...,
+    lora_scale: float | Sequence[float] = ...,
     truncation: float | None = ...,
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
@@ -86,8 +87,8 @@ def generate(
     height: int | None = ...,
     width: int | None = ...,
     seed: int | None = ...,
-    lora: str | os.PathLike[str] | None = ...,
-    lora_scale: float = ...,
+    lora: Lora = ...,
+    lora_scale: float | Sequence[float] = ...,
     truncation: float | None = ...,
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
@@ -107,8 +108,8 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     seed: int | None = None,
-    lora: str | os.PathLike[str] | None = None,
-    lora_scale: float = 1.0,
+    lora: Lora = None,
+    lora_scale: float | Sequence[float] = 1.0,
     truncation: float | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
@@ -131,7 +132,8 @@ def generate(
         guidance_scale: 0 to 100; 1 turns guidance off.
         height, width: pixels, multiples of 8.
         seed: 0 to 2**63 - 1; None draws one, reported in `.info["seed"]` and in the result.
-        lora, lora_scale: a LoRA file or hub id and its strength.
+        lora: a LoRA file, folder or hub id, or a list of several to use together; None takes out what was in.
+        lora_scale: strength, 1 = as trained; one for all, or one each.
         truncation: 0 to 2, for GANs and VAEs; below 1 = nearer to the most typical picture of the prompt.
         batch_size: images drawn at once; None = as many as make about half a million pixels, at most 32.
         device: "cpu", "cuda", "mps"; None = the best there is. Not for a model that is loaded already.
@@ -177,8 +179,8 @@ def build_request(
     height: int | None = None,
     width: int | None = None,
     seed: int | None = None,
-    lora: str | os.PathLike[str] | None = None,
-    lora_scale: float = 1.0,
+    lora: Lora = None,
+    lora_scale: float | Sequence[float] = 1.0,
     truncation: float | None = None,
 ) -> GenerationRequest:
     """`generate`'s arguments as a request of one prompt and one seed an image, prompt-major; a seed is drawn if None.
@@ -216,10 +218,17 @@ def build_request(
         width=width,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        lora=os.fspath(lora) if isinstance(lora, os.PathLike) else lora,
-        lora_scale=lora_scale,
+        lora=_as_text(lora),
+        lora_scale=tuple(lora_scale) if isinstance(lora_scale, list) else lora_scale,  # type: ignore[arg-type]
         truncation=truncation,
     )
+
+
+def _as_text(lora: Lora) -> Any:
+    """Paths as text, a list as a tuple; what is neither is left for GenerationRequest to refuse."""
+    if isinstance(lora, list | tuple):
+        return tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in lora)
+    return os.fspath(lora) if isinstance(lora, os.PathLike) else lora
 
 
 def iter_results(

@@ -1,4 +1,4 @@
-"""The `gigdiff` command: generate, models, doctor.
+"""The `gigdiff` command: generate, lora, models, doctor.
 
 Results go to stdout, the progress bar and errors to stderr. A mistake is one line and exit status 1 (2 for an unknown
 option), with a traceback only under --verbose. torch is imported when a picture is drawn, not for `--help`.
@@ -79,8 +79,8 @@ def cli() -> None:
 @click.option("--guidance-scale", "--guidance", type=float, help="0 to 100, 1 = off. [default: the model's]")
 @click.option("--height", type=int, help="Pixels, a multiple of 8. [default: the model's]")
 @click.option("--width", type=int, help="Pixels, a multiple of 8. [default: the model's]")
-@click.option("--lora", help="LoRA file or hub id.")
-@click.option("--lora-scale", type=float, default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--lora", multiple=True, help="LoRA file, folder or hub id; give it again for several at once.")
+@click.option("--lora-scale", type=float, multiple=True, help="Strength, one for all or one each. [default: 1.0]")
 @click.option(
     "--truncation", type=float, help="0 to 2, for GANs and VAEs; below 1 = more typical. [default: the model's]"
 )
@@ -117,6 +117,8 @@ def _generate(
 ) -> None:
     from gigdiff.api import build_request, iter_results, join_results
 
+    scales = settings["lora_scale"]
+    settings["lora_scale"] = scales if len(scales) > 1 else scales[0] if scales else 1.0
     request = build_request(
         list(prompts),
         num_images_per_prompt=num_images_per_prompt,
@@ -188,6 +190,76 @@ def _slug(prompt: str) -> str:
     while len(slug.encode()) > 180:  # file systems count bytes, up to 255 with what is added
         slug = slug[:-1]
     return f"{slug}-image" if slug in RESERVED else slug
+
+
+@cli.group(short_help="Convert, merge and inspect LoRA files.")
+def lora() -> None:
+    """Convert, merge and inspect LoRA files."""
+
+
+@lora.command(short_help="Between diffusers' and kohya's format.")
+@click.argument("source")
+@click.argument("output")
+@click.option("--to", "to", help="kohya or diffusers. [default: the other one]")
+@click.option(
+    "--naming", help="Names of the trunk in a kohya file: diffusers, ldm, flux, sd3. [default: by the family]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def convert(source: str, output: str, to: str | None, naming: str | None, overwrite: bool, verbose: bool) -> None:
+    """Write LoRA SOURCE as OUTPUT in the other format; kohya to diffusers and back gives the same file again."""
+    from gigdiff import lora as files
+
+    if Path(output).exists() and not overwrite:
+        raise OutputError(f'"{output}" exists already; pass --overwrite or choose another name.')
+    path = files.find_lora(source)
+    to = to or ("diffusers" if files.read_lora(path).format == "kohya" else "kohya")
+    written = files.convert(path, output, to, naming)
+    click.echo(f"{written}  {to}  {written.stat().st_size / 1000:.1f} kB")
+
+
+@lora.command(short_help="Fold LoRAs into a copy of a model.")
+@click.option("-m", "--model", default="mini", show_default=True, help="Embedded model, folder or hub id.")
+@click.option("--lora", "loras", multiple=True, required=True, help="LoRA file, folder or hub id; may be repeated.")
+@click.option("--lora-scale", "scales", type=float, multiple=True, help="One for all or one each. [default: 1.0]")
+@click.option("--dtype", help="float32 or float16. [default: that of the model's files]")
+@click.option("-o", "--output", required=True, help="The new model folder.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def merge(
+    model: str, loras: tuple[str, ...], scales: tuple[float, ...], dtype: str | None, output: str, verbose: bool
+) -> None:
+    """Write a model folder with LoRAs folded into its weights; the base model is only read."""
+    from gigdiff.generators.request import check_loras
+    from gigdiff.lora import merge as fold
+
+    files, strengths = check_loras(loras, scales if len(scales) > 1 else (scales or (1.0,))[0])
+    click.echo(f"{fold(model, files, strengths, output, dtype)}")
+
+
+@lora.command(short_help="Show what a LoRA file holds.")
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with the whole training config.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def inspect(file: str, as_json: bool, verbose: bool) -> None:
+    """Show a LoRA's base model, rank, alpha, layers, strength and how it was trained."""
+    import json
+
+    from gigdiff import lora as files
+
+    about = files.inspect(files.find_lora(file))
+    if as_json:
+        click.echo(json.dumps(about, indent=2))
+        return
+    base = about["base_model"] + (f" ({about['base_hash']})" if about["base_hash"] else "")
+    click.echo(f"{about['path']}  {about['format']}  {about['bytes'] / 1e6:.2f} MB  {about['parameters']:,} parameters")
+    click.echo(f"  base model  {base}  {about['family']}".rstrip())
+    for part, what in about["parts"].items():
+        ranks, alphas = (", ".join(f"{x:g}" for x in what[key]) for key in ("ranks", "alphas"))
+        click.echo(f"  {part}  {what['kind']}  rank {ranks}  alpha {alphas}  {what['modules']} layers")
+        click.echo(f"    {', '.join(what['targets'])}  mean norm {what['norm']:.3g}")
+    for key in ("max_train_steps", "learning_rate", "train_batch_size", "seed", "train_data_dir", "dataset_name"):
+        if about["config"].get(key) is not None:
+            click.echo(f"  {key}  {about['config'][key]}")
 
 
 @cli.command(short_help="List the embedded models.")

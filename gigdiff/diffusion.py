@@ -77,10 +77,12 @@ def noise_from_velocity(z: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
     return beta * z + alpha * v
 
 
-def min_snr_weight(log_sigma: Tensor, gamma: float) -> Tensor:
-    """Weight (N,) on a v-prediction loss: min(SNR, gamma) / (SNR + 1), SNR = sigma^-2 (Hang et al., 2303.09556)."""
+def min_snr_weight(log_sigma: Tensor, gamma: float, prediction_type: str = "v_prediction") -> Tensor:
+    """Weight (N,) on the squared error: min(SNR, gamma), SNR = sigma^-2, of the clean latent's error (Hang et al.,
+    2303.09556), in terms of what is predicted: over SNR + 1 for "v_prediction", over SNR for "epsilon"."""
     snr = (-2 * log_sigma).exp()
-    return snr.clamp(max=gamma) / (snr + 1)
+    over = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}[prediction_type]
+    return snr.clamp(max=gamma) / over
 
 
 def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

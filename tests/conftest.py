@@ -90,6 +90,141 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_folder(tmp_path_factory.mktemp("models") / "tiny", unet, vae, scheduler, card)
 
 
+def clip_tokenizer(folder: Path):
+    """A CLIPTokenizer that knows letters only."""
+    import json
+
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def clip_config(tokenizer, width: int = 16, **more):
+    from transformers import CLIPTextConfig
+
+    size = len(tokenizer)
+    return CLIPTextConfig(
+        vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=size - 2, eos_token_id=size - 1, projection_dim=width, **more,
+    )  # fmt: skip
+
+
+def t5(width: int = 16):
+    """(T5EncoderModel, its tokenizer): letters again."""
+    import string
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_lowercase])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=77
+    )
+    config = T5Config(
+        vocab_size=len(words),
+        d_model=width,
+        d_ff=2 * width,
+        d_kv=8,
+        num_heads=2,
+        num_layers=1,
+        is_encoder_decoder=False,
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def tiny_vae(channels: int = 4, **more):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=8, sample_size=32, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionXLPipeline folder: two CLIPs, size embeddings, two residual blocks a level as SDXL has."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "sdxl"
+    tokenizer = clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32, 32), layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32,
+        attention_head_dim=(2, 4, 4), use_linear_projection=True, transformer_layers_per_block=(1, 1, 2),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
+        norm_num_groups=8,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(), text_encoder=CLIPTextModel(clip_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, hidden_act="gelu")), tokenizer_2=tokenizer,
+        unet=unet, scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading"),
+        add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusion3Pipeline folder: two CLIPs with projection and T5, MMDiT, rectified flow."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    tokenizer = clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    encoder_3, tokenizer_3 = t5(32)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=32,
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(clip_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, hidden_act="gelu")), tokenizer_2=tokenizer,
+        text_encoder_3=encoder_3, tokenizer_3=tokenizer_3,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline folder as FLUX.1-dev is: CLIP's pooled text, T5's tokens, guidance as an input, dynamic shift."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    tokenizer = clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    encoder_2, tokenizer_2 = t5(32)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    )  # fmt: skip
+    FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(clip_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=encoder_2, tokenizer_2=tokenizer_2,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock Stable Diffusion folder as diffusers saves it: real classes, few random weights, its own tokenizer."""

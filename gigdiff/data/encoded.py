@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from gigdiff.data.buckets import fit_to, nearest_bucket, photo_size
 from gigdiff.data.cache import ContentStore, content_key, fill
 from gigdiff.data.captions import compose_captions, short_prompt
 from gigdiff.data.loading import ProductDataset
+from gigdiff.data.records import ProductRecord
 from gigdiff.images import fit_image, to_model
 from gigdiff.text import TextEncoder
 
-__all__ = ["EncodedProducts", "model_fingerprint"]
+__all__ = ["EncodedBuckets", "EncodedProducts", "captions_of", "model_fingerprint"]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -157,3 +159,154 @@ class EncodedProducts:
             row[: len(item)] = item
             row[0] *= dim**0.5
         return torch.from_numpy(out)
+
+
+def captions_of(record: ProductRecord, count: int, seed: int) -> list[str]:
+    """A record's own captions as they are, else `count` composed ones.
+
+    Raises:
+        DataError: it has neither captions nor attributes.
+    """
+    return list(record.captions) or compose_captions(record, count, seed=seed)
+
+
+class EncodedBuckets:
+    """Latents of photos in aspect-ratio buckets, and embeddings of their captions, for fine-tuning.
+
+    Photos and captions are encoded one by one, so that what is cached doesn't depend on its neighbours in a batch
+    (float32 kernels do), on the number of processes, or on where an earlier run was killed.
+
+    Args:
+        dataset: the products.
+        captions: of each product, at least one.
+        buckets: (height, width) to choose from, see gigdiff.data.buckets.
+        image_fit: "pad" or "crop", see `fit_to`.
+        encode_pixels: float (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w).
+        encode_text: a text -> named tensors (1, ...); None where text is not cached.
+        image_fingerprint, text_fingerprint: of the encoders.
+        dtype: numpy's name of what is stored, "float16" or "float32".
+        cache_dir: where.
+        flip: encode the mirror image as well.
+        share: (process, processes): this process encodes only its share; call `refresh` after all are done.
+    """
+
+    def __init__(
+        self,
+        dataset: ProductDataset,
+        captions: Sequence[Sequence[str]],
+        *,
+        buckets: Sequence[tuple[int, int]],
+        image_fit: Literal["pad", "crop"],
+        encode_pixels: Callable[[torch.Tensor], torch.Tensor],
+        encode_text: Callable[[str], Mapping[str, torch.Tensor]] | None,
+        image_fingerprint: str,
+        text_fingerprint: str,
+        dtype: str,
+        cache_dir: str | Path,
+        flip: bool = False,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.dataset, self.captions = dataset, [list(one) for one in captions]
+        self._fit: Literal["pad", "crop"] = image_fit
+        self._dtype, self._cache = np.dtype(dtype), Path(cache_dir)
+        self._image_keys = []
+        self.sizes: list[tuple[int, int]] = []  # of the photos
+        for i in range(len(dataset)):
+            data = dataset.image_bytes(i)
+            self._image_keys.append(content_key(data))
+            self.sizes.append(photo_size(data))
+        self.bucket_of = [nearest_bucket(size, buckets) for size in self.sizes]
+        self._latents = {
+            (bucket, mirrored): ContentStore(
+                cache_dir,
+                "latents",
+                content_key(
+                    image_fingerprint, f"{bucket[0]}x{bucket[1]}", image_fit, str(mirrored), self._dtype.name
+                ).hex()[:16],
+            )
+            for bucket in sorted(set(self.bucket_of))
+            for mirrored in ((False, True) if flip else (False,))
+        }
+        self._text_fingerprint = content_key(text_fingerprint, self._dtype.name).hex()[:16]
+        self._texts: dict[str, ContentStore] = {}
+        self._fill_latents(encode_pixels, share)
+        if encode_text is not None:
+            self._fill_texts(encode_text, share)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def fingerprint(self) -> str:
+        """Changes when a photo or a caption does."""
+        return content_key(*self._image_keys, *(text for one in self.captions for text in one)).hex()[:16]
+
+    def refresh(self) -> None:
+        """Read what other processes have encoded."""
+        for store in (*self._latents.values(), *self._texts.values()):
+            store.refresh()
+
+    def _fill_latents(self, encode: Callable[[torch.Tensor], torch.Tensor], share: tuple[int, int]) -> None:
+        mine = range(share[0], len(self.dataset), share[1])
+        plans = {
+            (bucket, mirrored): [i for i in mine if self.bucket_of[i] == bucket] for bucket, mirrored in self._latents
+        }
+        missing = sum(self._image_keys[i] not in self._latents[key] for key, chosen in plans.items() for i in chosen)
+        with _bar("encoding photos", missing) as bar:
+            for (bucket, mirrored), chosen in plans.items():
+
+                def one(places: list[int], plan: Any = (chosen, bucket, mirrored)) -> list[np.ndarray]:
+                    chosen, bucket, mirrored = plan
+                    photo = fit_to(self.dataset[chosen[places[0]]].image, bucket, self._fit)  # type: ignore[arg-type]
+                    photo = photo[:, ::-1] if mirrored else photo
+                    bar.update()
+                    return [encode(to_model(photo[None])).float().cpu().numpy().astype(self._dtype)]
+
+                keys = [self._image_keys[i] for i in chosen]
+                fill(self._latents[bucket, mirrored], keys, one, batch_size=1, shard_size=512)
+
+    @torch.no_grad()
+    def _fill_texts(self, encode: Callable[[str], Mapping[str, torch.Tensor]], share: tuple[int, int]) -> None:
+        texts = sorted({text for one in self.captions for text in one})[share[0] :: share[1]]
+        texts = ["", *texts]
+        names = list(encode(""))  # which tensors this encoder gives
+        self._texts = {name: ContentStore(self._cache, f"texts-{name}", self._text_fingerprint) for name in names}
+        keys = [content_key(text) for text in texts]
+        pending = [i for i, key in enumerate(keys) if any(key not in store for store in self._texts.values())]
+        made: dict[int, Mapping[str, torch.Tensor]] = {}
+        with _bar("encoding captions", len(pending)) as bar:
+            for start in range(0, len(pending), 512):
+                chosen = pending[start : start + 512]
+                for i in chosen:
+                    made[i] = {k: v.float().cpu() for k, v in encode(texts[i]).items()}
+                    bar.update()
+                for name, store in self._texts.items():
+
+                    def one(places: list[int], name: str = name, chosen: list[int] = chosen) -> list[np.ndarray]:
+                        value = made[chosen[places[0]]][name].numpy().astype(self._dtype)
+                        # (1, L, D) is kept as (L, D), a pooled vector as (1, P)
+                        return [value[0] if value.ndim == 3 else value]
+
+                    fill(store, [keys[i] for i in chosen], one, batch_size=1)
+                made.clear()
+
+    def latents(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> torch.Tensor:
+        """float32 (len(indices), C, h, w); all of one bucket."""
+        flags = mirrored or [False] * len(indices)
+        items = [
+            self._latents[self.bucket_of[i], flag].get(self._image_keys[i])
+            for i, flag in zip(indices, flags, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(items).astype(np.float32))
+
+    def conditions(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The named tensors of `encode_text` for `texts`, float32 (len(texts), ...)."""
+        out = {}
+        for name, store in self._texts.items():
+            items = np.stack([store.get(content_key(text)) for text in texts]).astype(np.float32)
+            out[name] = torch.from_numpy(items[:, 0] if items.shape[1] == 1 and name.startswith("pooled") else items)
+        return out
+
+    def size_ids(self, indices: Sequence[int]) -> torch.Tensor:
+        """SDXL's "time_ids" float32 (len(indices), 6): photo's height and width, nothing cut off, bucket's size."""
+        rows = [(*self.sizes[i], 0, 0, *self.bucket_of[i]) for i in indices]
+        return torch.tensor(rows, dtype=torch.float32)

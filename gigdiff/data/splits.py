@@ -13,7 +13,7 @@ from gigdiff.data.records import ProductRecord, group_key
 from gigdiff.data.vocabulary import BASE_COLOURS
 from gigdiff.errors import DataError, InputError
 
-__all__ = ["LeakageReport", "leakage_report", "split_by_group"]
+__all__ = ["LeakageReport", "hold_out", "leakage_report", "split_by_group"]
 
 _COLOUR_WORDS = frozenset(word for colour in BASE_COLOURS for word in colour.lower().split()) | {
     "coloured",
@@ -48,6 +48,30 @@ def split_by_group(
                 "fraction or choose another seed"
             )
     return {name: ds.select(chosen) for name, chosen in rows.items()}
+
+
+def hold_out(
+    ds: ProductDataset, fraction: float, limit: int, seed: int = 0
+) -> tuple[ProductDataset, ProductDataset | None]:
+    """(the rest, about `fraction` of the products but at least one and at most `limit` photos), never parting a group.
+
+    Unlike `split_by_group` it also serves a dozen photos: groups go out in the order of their hash until there are
+    enough. (ds, None) where all photos are of one group, or `fraction` is 0.
+    """
+    groups: dict[str, list[int]] = {}
+    for i in range(len(ds)):
+        groups.setdefault(ds.record(i).group, []).append(i)
+    if len(groups) < 2 or fraction == 0:
+        return ds, None
+    wanted = min(limit, max(1, round(fraction * len(ds))))
+    order = sorted(groups, key=lambda g: hashlib.blake2b(f"hold out\0{seed}\0{g}".encode(), digest_size=8).digest())
+    out: list[int] = []
+    for group in order[:-1]:  # at least one group stays
+        if len(out) >= wanted:
+            break
+        out += groups[group]
+    held = set(out)
+    return ds.select(i for i in range(len(ds)) if i not in held), ds.select(sorted(held)[:limit])
 
 
 def _side(group: str, fractions: Mapping[str, float], seed: int) -> str:

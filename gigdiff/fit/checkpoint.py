@@ -85,6 +85,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     limit: int | None = None,
+    headers: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` and then delete the oldest beyond `limit`.
 
@@ -94,6 +95,7 @@ def save_checkpoint(
         tensors: file stem -> named tensors, one safetensors file each.
         state: JSON-able; `step` is added.
         limit: how many complete checkpoints to keep (None keeps all).
+        headers: file stem -> header of its safetensors file, where it needs one.
 
     Raises:
         OutputError: the disk is full or the folder can't be written. Earlier checkpoints are untouched.
@@ -107,7 +109,8 @@ def save_checkpoint(
         temporary.mkdir()
         for stem, named in tensors.items():
             file = temporary / f"{stem}.safetensors"
-            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, file)
+            header = dict((headers or {}).get(stem, {})) or None
+            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, file, metadata=header)
             _fsync(file)
         file = temporary / "state.json"
         file.write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")

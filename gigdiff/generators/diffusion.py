@@ -7,7 +7,7 @@ import copy
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from gigdiff.diffusion import guided
 from gigdiff.errors import ModelMismatchError, ModelNotFoundError, NumericalError
 from gigdiff.generators.request import Capabilities, GenerationRequest, GenerationResult, validate
 from gigdiff.images import to_model, to_uint8
+from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
-from gigdiff.text import TextEncoder, load_text_encoder
+from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
 
 __all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"]
 
@@ -32,6 +33,12 @@ def _cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm); emulated it would be slow."""
     mkldnn = torch.backends.mkldnn
     return mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
+def _loras(request: GenerationRequest) -> tuple[list[str], list[float]]:
+    """The request's LoRA files and their scales."""
+    pairs = request.adapters()
+    return [lora for lora, _ in pairs], [scale for _, scale in pairs]
 
 
 class DiffusionGenerator:
@@ -88,7 +95,8 @@ class DiffusionGenerator:
         self.text_encoder = text_encoder
         self.guidance_interval = guidance_interval
         self.attention = set_attention(self.unet, attention)
-        self._lora: tuple[str, float] | None = None
+        self.slots = AdapterSlots({"unet": self.unet}, name, folder, self.unet.unload_lora)
+        self._remembered: dict[str, TextEmbedding] = {}
         self.capabilities = Capabilities(
             default_size=(height, width),
             default_steps=num_inference_steps,
@@ -164,9 +172,9 @@ class DiffusionGenerator:
         """
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
-        self._use_lora(request.lora, request.lora_scale)
+        notes = list(self.slots.use(*_loras(request)))
         at_once = 1 if self.device.type == "cpu" and self.dtype == torch.float32 else len(request)
-        parts, notes = [], []
+        parts = []
         for start in range(0, len(request), at_once):
             part = request.part(start, start + at_once)
             report = None
@@ -189,12 +197,27 @@ class DiffusionGenerator:
             pixels = to_model(images).to(self.device).contiguous(memory_format=torch.channels_last)
             return to_uint8(self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.float().cpu())  # type: ignore[union-attr]
 
+    def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the UNet is conditioned on, for training: "prompt_embeds" (N, 1 + L, D)."""
+        return {"prompt_embeds": self.text_encoder.encode(texts).condition()}
+
+    def remember(self, texts: Iterable[str]) -> None:
+        """Encode `texts` (and "", for guidance) now, so that they can be drawn after `free_encoders`."""
+        self._remembered |= {text: self.text_encoder.encode([text]) for text in dict.fromkeys(["", *texts])}
+
+    def free_encoders(self) -> None:
+        """Let go of the text encoder and the autoencoder's encoder: only what `remember` was given can be drawn."""
+        load_text_encoder.cache_clear()  # it keeps what it has loaded
+        self.text_encoder = None  # type: ignore[assignment]
+        self.vae.encoder = torch.nn.Identity()
+
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _embed(self, texts: tuple[str, ...]) -> tuple[Tensor, list[str]]:
         """Conditions (N, 1 + L, D) and notes on what was cut. Texts are encoded alone: neighbours don't matter."""
-        embedded = {text: self.text_encoder.encode([text]) for text in dict.fromkeys(texts)}
+        known = self._remembered
+        embedded = {text: known.get(text) or self.text_encoder.encode([text]) for text in dict.fromkeys(texts)}
         notes = [
             f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
             f"left out: {e.cut[0]}"
@@ -240,7 +263,7 @@ class DiffusionGenerator:
         if not torch.isfinite(latents).all():
             raise NumericalError(
                 f"{self.name} gave NaN or infinite latents (dtype {self.dtype}, guidance_scale {scale:g}"
-                + (f", lora {request.lora}, lora_scale {request.lora_scale:g}" if request.lora else "")
+                + "".join(f", lora {lora} at {scale:g}" for lora, scale in request.adapters())
                 + '): nothing was drawn. Lower guidance_scale, or load with dtype="float32".'
             )
         return latents, notes
@@ -254,44 +277,6 @@ class DiffusionGenerator:
         with self._autocast():
             pixels = self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
         return to_uint8(pixels.float().cpu())
-
-    def _use_lora(self, lora: str | None, scale: float) -> None:
-        """Put in the LoRA asked for, or take out the one that is in."""
-        wanted = None if lora is None else (lora, scale)
-        if wanted == self._lora:
-            return
-        if self._lora is not None and (lora is None or lora != self._lora[0]):
-            self.unet.unload_lora()
-            self._lora = None
-        if lora is not None and self._lora is None:
-            path = _lora_path(lora)
-            try:
-                if path.is_file():
-                    self.unet.load_lora_adapter(
-                        str(path.parent), weight_name=path.name, prefix="unet", adapter_name="lora"
-                    )
-                else:
-                    self.unet.load_lora_adapter(lora, prefix="unet", adapter_name="lora")
-            except OSError as error:
-                raise ModelNotFoundError(
-                    f"lora {lora!r}: no safetensors file, folder or hub id there: {error}"
-                ) from error
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
-            if not getattr(self.unet, "peft_config", None):
-                raise ModelMismatchError(f'lora {lora!r} holds no "unet" weights: it does not fit {self.name}')
-        if lora is not None:
-            self.unet.set_adapters(["lora"], [scale])
-        self._lora = wanted
-
-
-def _lora_path(lora: str) -> Path:
-    """The path a LoRA's name stands for; a hub id stays as it is. Raises ModelNotFoundError for a path to nothing."""
-    path = Path(lora).expanduser()
-    is_path = path.is_absolute() or path.suffix == ".safetensors" or lora.startswith((".", "~")) or lora.count("/") != 1
-    if is_path and not path.exists():
-        raise ModelNotFoundError(f"lora {lora!r}: there is no such file or folder")
-    return path
 
 
 class PipelineGenerator:
@@ -319,7 +304,10 @@ class PipelineGenerator:
             negative_prompt=has_negative,
             lora=hasattr(pipeline, "load_lora_weights"),
         )
-        self._lora: tuple[str, float] | None = None
+        names = ("unet", "transformer", "text_encoder", "text_encoder_2")
+        parts = {part: getattr(pipeline, part) for part in names if getattr(pipeline, part, None) is not None}
+        self.slots = AdapterSlots(parts, name, folder, lambda: pipeline.unload_lora_weights())
+        self._remembered: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
     def from_pretrained(
@@ -349,9 +337,9 @@ class PipelineGenerator:
         """
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
-        self._use_lora(request.lora, request.lora_scale)
+        notes = self.slots.use(*_loras(request))
         arguments: dict[str, Any] = {
-            "prompt": list(request.prompts),
+            **self._prompts(request),
             "height": request.height,
             "width": request.width,
             "num_inference_steps": request.num_inference_steps,
@@ -378,9 +366,61 @@ class PipelineGenerator:
                 f"{request.prompts[blocked[0]]!r}. Change the prompt or the seed."
             )
         images = to_uint8(output.images.float().cpu() * 2 - 1)
-        return GenerationResult(
-            images, request, self.name, time.perf_counter() - started, tuple(dict.fromkeys(self._cut(request.prompts)))
-        )
+        notes = tuple(dict.fromkeys((*notes, *self._cut(request.prompts))))
+        return GenerationResult(images, request, self.name, time.perf_counter() - started, notes)
+
+    def _prompts(self, request: GenerationRequest) -> dict[str, Any]:
+        """The pipeline's arguments for the prompts: their embeddings where all are remembered."""
+        known = [self._remembered.get(prompt) for prompt in request.prompts]
+        if request.negative_prompts is not None or not all(known):
+            return {"prompt": list(request.prompts)}
+        return {key: torch.cat([one[key] for one in known if one]).to(self.device) for key in known[0] or ()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    def embed(
+        self, texts: Sequence[str], *, guidance: bool = False, max_length: int | None = None
+    ) -> dict[str, Tensor]:
+        """What the pipeline's own `encode_prompt` makes of `texts`, by the names of its arguments.
+
+        "prompt_embeds" (N, L, D), "pooled_prompt_embeds" (N, P) where the family has them, and with `guidance` the
+        "negative_" ones of no negative prompt. `max_length`: tokens for T5, where the pipeline has one.
+        """
+        takes = inspect.signature(self.pipeline.encode_prompt).parameters
+        wanted: dict[str, Any] = {
+            "prompt": list(texts),
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": self.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": guidance,
+        }
+        if max_length is not None:
+            wanted["max_sequence_length"] = max_length
+        output = self.pipeline.encode_prompt(**{key: value for key, value in wanted.items() if key in takes})
+        # Stable Diffusion gives two; SDXL and SD3 four; FLUX (no negative prompt) three, the last being position ids.
+        names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+        if len(output) == 4:
+            names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        elif len(output) == 3:
+            names = ("prompt_embeds", "pooled_prompt_embeds")
+        return {name: tensor for name, tensor in zip(names, output, strict=False) if tensor is not None}
+
+    @torch.no_grad()
+    def remember(self, texts: Iterable[str]) -> None:
+        """Encode `texts` now, so that they can be drawn after `free_encoders`."""
+        for text in dict.fromkeys(texts):
+            self._remembered[text] = {k: v.cpu() for k, v in self.embed([text], guidance=True).items()}
+
+    def free_encoders(self) -> None:
+        """Let go of the text encoders and the autoencoder's encoder: only what `remember` was given can be drawn."""
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if getattr(self.pipeline, part, None) is not None:
+                setattr(self.pipeline, part, None)
+                self.slots.parts.pop(part, None)
+        self.pipeline.vae.encoder = torch.nn.Identity()
 
     def _cut(self, prompts: tuple[str, ...]) -> Iterator[str]:
         """A note for each prompt that the pipeline's own tokenizer cuts: diffusers only logs it."""
@@ -393,26 +433,6 @@ class PipelineGenerator:
             if len(ids) > limit:
                 left_out = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip()
                 yield f"the prompt is longer than the {limit} tokens that {self.name} reads; left out: {left_out}"
-
-    def _use_lora(self, lora: str | None, scale: float) -> None:
-        wanted = None if lora is None else (lora, scale)
-        if wanted == self._lora:
-            return
-        if self._lora is not None:
-            self.pipeline.unload_lora_weights()
-            self._lora = None
-        if lora is not None:
-            _lora_path(lora)
-            try:
-                self.pipeline.load_lora_weights(lora, adapter_name="lora")
-            except OSError as error:
-                raise ModelNotFoundError(
-                    f"lora {lora!r}: no safetensors file, folder or hub id there: {error}"
-                ) from error
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ModelMismatchError(f"lora {lora!r} does not fit {self.name}: {str(error)[:300]}") from error
-            self.pipeline.set_adapters(["lora"], [scale])
-        self._lora = wanted
 
 
 def load_unet(folder: str | Path) -> Any:

@@ -89,7 +89,8 @@ class GenerationRequest:
         height, width: pixels, multiples of 8 up to 4096.
         num_inference_steps: 1 to 1000.
         guidance_scale: 0 to 100; 1 = off, w means uncond + w (cond - uncond).
-        lora: path or hub id of a LoRA file. lora_scale: its strength, 1.0 = as trained.
+        lora: paths or hub ids of LoRA files, used together; one text or several, kept as a tuple, () for none.
+        lora_scale: their strengths, 1.0 = as trained; one for all or one each, kept as a tuple of as many as loras.
         truncation: 0 to 2, for GANs and VAEs: how far from the most typical picture of a prompt; 1 = as trained.
 
     Raises:
@@ -103,8 +104,8 @@ class GenerationRequest:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    lora: str | None = None
-    lora_scale: float = 1.0
+    lora: str | tuple[str, ...] | None = None
+    lora_scale: float | tuple[float, ...] = 1.0
     truncation: float | None = None
 
     def __post_init__(self) -> None:
@@ -138,15 +139,19 @@ class GenerationRequest:
                     f"negative_prompt does nothing at guidance_scale={self.guidance_scale:g}; "
                     "set guidance_scale above 1 or drop negative_prompt."
                 )
-        if self.lora is not None and (not isinstance(self.lora, str) or not self.lora.strip()):
-            raise InputError(f"lora is {_show(self.lora)}; give the path or hub id of a LoRA file as text.")
-        check_number("lora_scale", self.lora_scale, -10.0, 10.0, "1 is as trained")
+        loras, scales = check_loras(self.lora, self.lora_scale)
+        object.__setattr__(self, "lora", loras)
+        object.__setattr__(self, "lora_scale", scales)
         if self.truncation is not None:
             check_number("truncation", self.truncation, 0.0, MAX_TRUNCATION, "1 is as trained")
 
     def __len__(self) -> int:
         """The number of images asked for."""
         return len(self.prompts)
+
+    def adapters(self) -> list[tuple[str, float]]:
+        """(LoRA file, scale) of each LoRA."""
+        return list(zip(self.lora, self.lora_scale, strict=True))  # type: ignore[arg-type]  # tuples since __post_init__
 
     def part(self, start: int, stop: int) -> GenerationRequest:
         """Images start to stop of this request, as a request: what a generator does in one batch."""
@@ -259,7 +264,7 @@ def validate(request: GenerationRequest, capabilities: Capabilities, model: str 
                 f"negative_prompt does nothing without guidance, and {model} draws at guidance_scale={guidance:g} "
                 "unless told otherwise; set guidance_scale above 1 or drop negative_prompt."
             )
-    if request.lora is not None and not can.lora:
+    if request.lora and not can.lora:
         raise CapabilityError(f"lora={request.lora!r} was given, but {model} can't load LoRA files; leave it out.")
     truncation = request.truncation
     if truncation is not None and not can.truncation:
@@ -306,6 +311,27 @@ def check_size(name: str, value: object) -> None:
         raise InputError(
             f"{name}={number} is not a multiple of 8 (8 to {MAX_SIZE}); try {below} or {min(MAX_SIZE, below + 8)}."
         )
+
+
+def check_loras(lora: object, scale: object) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """(LoRA files, their scales), as many of one as of the other.
+
+    Raises:
+        InputError: not text, blank, given twice, or another number of scales than of files.
+    """
+    loras = () if lora is None else tuple(lora) if isinstance(lora, tuple | list) else (lora,)
+    for one in loras:
+        if not isinstance(one, str) or not one.strip():
+            raise InputError(
+                f"lora is {_show(one)}; give the path or hub id of a LoRA file as text, or a list of several."
+            )
+    if len(set(loras)) < len(loras):
+        raise InputError(f"lora={loras!r} names a file twice; name it once and raise its lora_scale.")
+    given = tuple(scale) if isinstance(scale, tuple | list) else (scale,) * max(1, len(loras))
+    numbers = tuple(check_number("lora_scale", one, -10.0, 10.0, "1 is as trained") for one in given)
+    if isinstance(scale, tuple | list) and len(numbers) != len(loras):
+        raise InputError(f"{len(numbers)} lora_scale for {len(loras)} lora; give one for all, or one each.")
+    return loras, numbers[: len(loras)]
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> int:

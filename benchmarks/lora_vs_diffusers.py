@@ -1,0 +1,277 @@
+"""finetune_lora.py against diffusers' train_text_to_image_lora.py on one tiny SD-layout model: speed, memory, loss.
+
+    python benchmarks/lora_vs_diffusers.py --peer train_text_to_image_lora.py --output runs/lora_vs_diffusers.json
+
+The peer's script is fetched from github.com/huggingface/diffusers (examples/text_to_image); it is not part of this
+project. Both get the same model, photos, captions, size, batch, steps, rank, learning rate and precision, in their own
+process, one after the other. A run of `--short` and one of `--long` steps; their difference leaves out start-up,
+encoding, previews and saving: images a second after caching. Peak memory is the process's (ru_maxrss) over the first
+long run, in which ours fills the cache. The held-out loss of both LoRA files is measured by one function here.
+
+The model has Stable Diffusion's layout at about a tenth of its widths, random weights, and photos of 128 x 128. Where
+torchvision isn't installed, the peer is lent a stand-in of its five transforms, written with Pillow and torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+STAND_IN = """
+import enum, random
+import numpy, torch
+from PIL import Image
+
+class InterpolationMode(enum.Enum):
+    NEAREST = 0
+    BILINEAR = 2
+    BICUBIC = 3
+    LANCZOS = 1
+
+class Compose:
+    def __init__(self, steps): self.steps = steps
+    def __call__(self, x):
+        for step in self.steps: x = step(x)
+        return x
+
+class Resize:
+    def __init__(self, size, interpolation): self.size, self.how = size, interpolation.value
+    def __call__(self, x):
+        scale = self.size / min(x.size)
+        return x.resize((round(x.width * scale), round(x.height * scale)), self.how)
+
+class CenterCrop:
+    def __init__(self, size): self.size = size
+    def __call__(self, x):
+        left, top = (x.width - self.size) // 2, (x.height - self.size) // 2
+        return x.crop((left, top, left + self.size, top + self.size))
+
+class RandomCrop(CenterCrop):
+    def __call__(self, x):
+        left, top = random.randint(0, x.width - self.size), random.randint(0, x.height - self.size)
+        return x.crop((left, top, left + self.size, top + self.size))
+
+class RandomHorizontalFlip:
+    def __call__(self, x): return x.transpose(Image.FLIP_LEFT_RIGHT) if random.random() < 0.5 else x
+
+class Lambda:
+    def __init__(self, f): self.f = f
+    def __call__(self, x): return self.f(x)
+
+class ToTensor:
+    def __call__(self, x): return torch.from_numpy(numpy.asarray(x, numpy.float32) / 255).permute(2, 0, 1).contiguous()
+
+class Normalize:
+    def __init__(self, mean, std): self.mean, self.std = mean[0], std[0]
+    def __call__(self, x): return (x - self.mean) / self.std
+"""
+
+
+def build_model(folder: Path) -> Path:
+    """A StableDiffusionPipeline folder: SD 1.5's four levels, depth and block types at about a tenth of its widths."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    words = folder.parent / "words"
+    words.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (words / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=77)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary), hidden_size=96, intermediate_size=384, num_hidden_layers=12,
+            num_attention_heads=12, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 128, 128), cross_attention_dim=96, attention_head_dim=8,
+        norm_num_groups=16,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=16, sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def copy_photos(source: Path, folder: Path, held_out: int) -> tuple[Path, Path]:
+    """(training photos, held-out photos) as imagefolders with one caption each, which both scripts read alike."""
+    import shutil
+
+    rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
+    for name, chosen in (("train", rows[:-held_out]), ("held", rows[-held_out:])):
+        into = folder / name
+        into.mkdir(parents=True)
+        lines = []
+        for row in chosen:
+            shutil.copy(source / row["file_name"], into)
+            text = row["text"] if isinstance(row["text"], str) else row["text"][0]
+            lines.append(json.dumps({"file_name": row["file_name"], "text": text, "name": row.get("name", text)}))
+        (into / "metadata.jsonl").write_text("\n".join(lines))
+    return folder / "train", folder / "held"
+
+
+def timed(words: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """(seconds, peak memory in MB) of a process."""
+    started = time.perf_counter()
+    process = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(words[:3])} failed:\n{errors.decode()[-3000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argparse.Namespace) -> float:
+    """Mean squared error on the held-out photos at 256 fixed noises and noise levels, without guidance dropout."""
+    import finetune_lora as ours
+    import torch
+
+    import gigdiff
+    from gigdiff.data import load_products
+    from gigdiff.fit.families import noised
+
+    generator: Any = gigdiff.load(model, device="cpu", dtype="float32")
+    config = dataclasses.replace(run_config(model, photos, photos.parent / "measured", arguments), train_batch_size=8)
+    ours.VALIDATIONS_AT_LEAST = 256
+    dataset = load_products(str(photos))
+    captions = [list(record.captions) for record in dataset.records()]
+    family = ours.family_of(generator)
+    data = ours.encode_photos(generator, family, config, dataset, captions, (0, 1))
+    if lora is not None:
+        generator.pipeline.load_lora_weights(str(lora))
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in ours.held_out_batches(data, family, config):
+            n = noised(family, generator.pipeline.scheduler, batch.latents, batch.noise, batch.u, None)
+            predicted = family.predict(generator.pipeline.unet, n.z, n.timesteps, batch.condition)
+            total += float((predicted - n.target).square().mean()) * len(batch.latents)
+            count += len(batch.latents)
+    return total / count
+
+
+def run_config(model: Path, photos: Path, out: Path, arguments: argparse.Namespace) -> Any:
+    import finetune_lora as ours
+
+    return ours.LoraConfig(
+        pretrained_model_name_or_path=str(model), train_data_dir=str(photos), output_dir=str(out),
+        cache_dir=str(out.parent / "cache"), resolution=arguments.resolution, aspect_ratio_buckets=False,
+        image_fit="crop", validation_fraction=0.0, caption_dropout=0.0, rank=arguments.rank, use_ema=False,
+        train_batch_size=arguments.train_batch_size, learning_rate=arguments.learning_rate, lr_warmup_steps=0,
+        lr_decay_fraction=0.0, adam_beta2=0.999, checkpointing_steps=10**6, validation_steps=10**6,
+        validation_prompts=("red bag",), num_validation_images=1, num_inference_steps=1, seed=arguments.seed,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, help="diffusers' train_text_to_image_lora.py")
+    parser.add_argument("--photos", default=str(ROOT / "examples" / "catalogue" / "train"))
+    parser.add_argument("--short", type=int, default=20)
+    parser.add_argument("--long", type=int, default=120)
+    parser.add_argument("--train_batch_size", type=int, default=4)
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="JSON report")
+    arguments = parser.parse_args()
+    from gigdiff.fit.config import as_yaml
+
+    peer = Path(arguments.peer)
+    work = Path(tempfile.mkdtemp(prefix="lora-vs-"))
+    model = build_model(work / "model")
+    train, held = copy_photos(Path(arguments.photos), work / "photos", 6)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
+    lent = environment
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        (work / "lent" / "torchvision").mkdir(parents=True)
+        (work / "lent" / "torchvision" / "__init__.py").write_text("")
+        (work / "lent" / "torchvision" / "transforms.py").write_text(STAND_IN)
+        lent = environment | {"PYTHONPATH": f"{work / 'lent'}{os.pathsep}{environment.get('PYTHONPATH', '')}"}
+
+    def peer_words(steps: int) -> list[str]:
+        flags = {
+            "pretrained_model_name_or_path": model, "train_data_dir": train, "caption_column": "text",
+            "resolution": arguments.resolution, "train_batch_size": arguments.train_batch_size,
+            "max_train_steps": steps, "learning_rate": arguments.learning_rate, "lr_scheduler": "constant",
+            "lr_warmup_steps": 0, "rank": arguments.rank, "seed": arguments.seed, "mixed_precision": "no",
+            "checkpointing_steps": 10**6, "output_dir": work / f"peer-{steps}", "cache_dir": work / "peer-cache",
+        }  # fmt: skip
+        pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, str(peer), *pairs, "--center_crop"]
+
+    def our_words(steps: int) -> list[str]:
+        config = dataclasses.replace(run_config(model, train, work / f"ours-{steps}", arguments), max_train_steps=steps)
+        file = work / f"ours-{steps}.yaml"
+        file.write_text(as_yaml(config))
+        return [sys.executable, str(ROOT / "training" / "finetune_lora.py"), "--config", str(file)]
+
+    results: dict[str, dict[str, float]] = {}
+    for name, words, surroundings in (("ours", our_words, environment), ("peer", peer_words, lent)):
+        runs = {}
+        for steps in (arguments.long, arguments.short, arguments.long):  # the first warms caches, ours and the system's
+            seconds, memory = timed(words(steps), surroundings)
+            print(f"{name}: {steps} steps in {seconds:.1f} s, {memory:.0f} MB", file=sys.stderr, flush=True)
+            first = runs.get("first", memory)
+            runs |= {str(steps): seconds, "first": first}
+        per_step = (runs[str(arguments.long)] - runs[str(arguments.short)]) / (arguments.long - arguments.short)
+        results[name] = {
+            "images_per_second": arguments.train_batch_size / per_step,
+            "peak_memory_mb": runs["first"],
+            "held_out_loss": held_out_loss(model, work / f"{name}-{arguments.long}", held, arguments),
+        }
+    ours, theirs = results["ours"], results["peer"]
+    import diffusers
+    import torch
+
+    report = {
+        **results,
+        "held_out_loss_of_the_base": held_out_loss(model, None, held, arguments),
+        "speed_ratio": ours["images_per_second"] / theirs["images_per_second"],
+        "memory_ratio": ours["peak_memory_mb"] / theirs["peak_memory_mb"],
+        "settings": {k: v for k, v in vars(arguments).items() if k != "output"},
+        "peer_sha256": hashlib.sha256(peer.read_bytes()).hexdigest(),
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.output:
+        path = Path(arguments.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
