@@ -26,6 +26,7 @@ __all__ = [
     "EfficientNetLite0Features",
     "FeatureExtractor",
     "cached_features",
+    "check_features",
     "check_images",
     "load_extractor",
     "resize_antialiased",
@@ -116,6 +117,21 @@ def check_images(images: np.ndarray) -> None:
         raise InputError(f"images are {given}; a uint8 array (N, H, W, 3) is needed (gigdiff.images converts)")
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise InputError(f"images have shape {images.shape}; (N, H, W, 3) with at least one image is needed")
+
+
+def check_features(*sets: np.ndarray, least: int = 1, metric: str = "the metric") -> None:
+    """Raise unless every set is finite (N, D) with N at least `least` and one D for all."""
+    for features in sets:
+        if features.ndim != 2:
+            raise InputError(f"features have shape {features.shape}; (N, D) is needed")
+        if len(features) < least:
+            raise InputError(f"{metric} needs at least {least} images a side, {len(features)} given; raise --count")
+        if not np.isfinite(features).all():
+            bad = int((~np.isfinite(features).all(axis=1)).sum())
+            raise NumericalError(f"{bad} of {len(features)} feature vectors hold NaN or infinity; check the images")
+    if len({features.shape[1] for features in sets}) > 1:
+        sizes = " and of ".join(str(features.shape[1]) for features in sets)
+        raise InputError(f"features of {sizes} dimensions can't be compared; use one extractor for both")
 
 
 def cached_features(
