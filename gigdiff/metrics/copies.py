@@ -44,7 +44,9 @@ def copy_test(features: np.ndarray, train: np.ndarray, groups: Sequence[str] | N
         groups: which product each train photo shows, M; without it every photo is its own group.
     """
     check_features(features, train, least=1, metric="the copy test")
-    codes = np.arange(len(train)) if groups is None else np.unique(np.asarray(groups, dtype=object), return_inverse=True)[1]
+    codes = (
+        np.arange(len(train)) if groups is None else np.unique(np.asarray(groups, dtype=object), return_inverse=True)[1]
+    )
     if len(codes) != len(train):
         raise InputError(f"{len(codes)} groups for {len(train)} train photos; one a photo is needed")
     if len(np.unique(codes)) < 2:

@@ -216,7 +216,9 @@ def resize_tensorflow1(x: torch.Tensor, height: int, width: int) -> torch.Tensor
     return along(along(x, 2, height), 3, width)
 
 
-def load_inception(weights: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> InceptionFeatures:
+def load_inception(
+    weights: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32
+) -> InceptionFeatures:
     """The extractor with torch-fidelity's weights: the file given, else torch.hub's copy, else downloaded once.
 
     Raises:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gigdiff.errors import InputError
 from gigdiff.metrics.features import check_features
 
 __all__ = ["LEAST_IMAGES", "KernelDistance", "kernel_distance"]

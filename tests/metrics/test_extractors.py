@@ -211,6 +211,8 @@ def test_clip_score_is_clips_own_cosine_and_torchmetrics(clip_folder):
     functional = pytest.importorskip("torchmetrics.functional.multimodal", reason="pip install 'gigdiff[test]'")
 
     class Model:  # torchmetrics 1.9 expects the plain tensors that transformers gave before version 5
+        config = clip.model.config
+
         def to(self, device):
             return self
 
