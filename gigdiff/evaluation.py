@@ -206,7 +206,8 @@ def evaluate(
     """Draws one image for each prompt of the set and scores them.
 
     Args:
-        prompts: "names", "short", "wordings" or "recombined", see `gigdiff.prompt_sets`. The last two are scored by their
+        prompts: "names", "short", "wordings" or "recombined", see `gigdiff.prompt_sets`. The last two are scored by
+        their
             attributes alone, because there are not the same products' photos to hold them against.
         seed: image i is drawn with a seed made of this and its product's id, so it doesn't depend on count or batch.
         on_progress: called with (images drawn, images in all).

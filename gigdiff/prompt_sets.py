@@ -6,7 +6,8 @@
     recombined  an article type in a colour that it never has in training, though both are common: "teal formal shoes"
 
 The last two need the train split, to know what never occurs in it. Drawn images of "wordings" may be held against the
-product's real photo; of "recombined" there is none, so only what a probe or CIEDE2000 reads off the image can be scored.
+product's real photo; of "recombined" there is none, so only what a probe or CIEDE2000 reads off the image can be
+scored.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     score = 100 max(cos(image, text), 0)
 
-Hessel et al., arXiv 2104.08718, eq. 1, with torchmetrics' weight of 100 in place of 2.5. CLIP reads at most 77 tokens and
-is half blind to counts and small parts; the attribute scores say more of product photos.
+Hessel et al., arXiv 2104.08718, eq. 1, with torchmetrics' weight of 100 in place of 2.5. CLIP reads at most 77 tokens
+and is half blind to counts and small parts; the attribute scores say more of product photos.
 """
 
 from __future__ import annotations

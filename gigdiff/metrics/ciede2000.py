@@ -1,4 +1,4 @@
-"""CIEDE2000, the colour difference that the eye agrees with: about 1 is just noticeable, 10 another shade, 50 another hue.
+"""CIEDE2000, the colour difference that the eye agrees with: 1 is just noticeable, 10 another shade, 50 another hue.
 
 Luo, Cui & Rigg 2001, as written out by Sharma, Wu & Dalal 2005 ("The CIEDE2000 Color-Difference Formula"), whose
 equation numbers are given below.

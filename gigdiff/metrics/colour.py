@@ -47,8 +47,8 @@ def centre_weights(height: int, width: int) -> torch.Tensor:
 class ColourHistogram:
     """Two soft Lab histograms (square roots, so that rare colours count) and the share of foreground.
 
-    Pixels count by `foreground_weights`, in the second histogram also by `centre_weights`. Each pixel is shared among the
-    eight nearest bins.
+    Pixels count by `foreground_weights`, in the second histogram also by `centre_weights`. Each pixel is shared among
+    the eight nearest bins.
     """
 
     name = "lab-histogram-40x32"

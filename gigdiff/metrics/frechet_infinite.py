@@ -3,8 +3,8 @@
     d(N) = d_inf + slope / N      fitted by least squares over subsets of N images, read off at 1 / N = 0
 
 Chong & Forsyth, arXiv 1911.07023, eq. 4 and section 4: the distance of N images is biased upwards by about slope / N,
-and the slope differs from model to model, so that two models may change places with N. As in the paper only the generated
-side is extrapolated; the real photos stay as they are, and their own bias stays in.
+and the slope differs from model to model, so that two models may change places with N. As in the paper only the
+generated side is extrapolated; the real photos stay as they are, and their own bias stays in.
 """
 
 from __future__ import annotations

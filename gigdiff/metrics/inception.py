@@ -1,9 +1,9 @@
 """InceptionV3 as the FID papers use it: TensorFlow's 2015 graph with torch-fidelity's conversion of its weights.
 
-Szegedy et al., arXiv 1512.00567. The weights (Apache-2.0, 91 MB) are not shipped: give the file, or let it be downloaded
-once into torch.hub's folder. Batch norms are folded into the convolutions on loading, memory is channels_last. What
-differs from torchvision's InceptionV3, and must not: average pools leave padding out of the mean, the last block pools
-by maximum, and the resize is TensorFlow 1's bilinear one, which does not antialias.
+Szegedy et al., arXiv 1512.00567. The weights (Apache-2.0, 91 MB) are not shipped: give the file, or let it be
+downloaded once into torch.hub's folder. Batch norms are folded into the convolutions on loading, memory is
+channels_last. What differs from torchvision's InceptionV3, and must not: average pools leave padding out of the mean,
+the last block pools by maximum, and the resize is TensorFlow 1's bilinear one, which does not antialias.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j),   k(x, y) = (x . y / D + 1)^3
 
-Bińkowski et al., arXiv 1801.01401: unbiased at any number of images, so it may come out below 0, and values at different
-counts may be compared. The usual code averages random subsets of 1,000; here all images are used at once, and the
-standard error is the jackknife's (Efron & Stein 1981), leaving out one image at a time on either side.
+Bińkowski et al., arXiv 1801.01401: unbiased at any number of images, so it may come out below 0, and values at
+different counts may be compared. The usual code averages random subsets of 1,000; here all images are used at once,
+and the standard error is the jackknife's (Efron & Stein 1981), leaving out one image at a time on either side.
 """
 
 from __future__ import annotations
