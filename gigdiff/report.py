@@ -226,7 +226,7 @@ def _chart(points: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]], l
     if len(front) > 1:
         axes.legend(frameon=False, loc="best", fontsize=8.5)
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "gigdiff"}):
+    with matplotlib.rc_context({"svg.hashsalt": "gigdiff", "svg.fonttype": "none"}):  # text stays text
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
