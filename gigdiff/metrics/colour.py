@@ -10,7 +10,7 @@ import torch
 
 from gigdiff.metrics.features import check_images, resize_antialiased
 
-__all__ = ["ColourHistogram", "srgb_to_lab"]
+__all__ = ["ColourHistogram", "centre_weights", "foreground_weights", "srgb_to_lab"]
 
 # Bin centres, closer together near grey, where colour names part within a few units.
 L_CENTRES = (5.0, 20.0, 36.0, 52.0, 68.0, 84.0, 97.0)
@@ -32,11 +32,23 @@ def srgb_to_lab(rgb: torch.Tensor) -> torch.Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
 
 
+def foreground_weights(lab: torch.Tensor) -> torch.Tensor:
+    """How surely a pixel is product and not white ground: Lab (..., 3) -> 1 - exp(-(dE / 10)^2), dE CIE76 to white."""
+    white = torch.tensor([100.0, 0.0, 0.0])
+    return 1.0 - torch.exp(-((lab - white).pow(2).sum(-1)) / 10.0**2)
+
+
+def centre_weights(height: int, width: int) -> torch.Tensor:
+    """A Gaussian around the image's centre, where the product is: (1, height * width), at most 1."""
+    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return torch.exp(-((y[:, None] / 0.6) ** 2 + (x[None, :] / 0.6) ** 2)).reshape(1, -1)
+
+
 class ColourHistogram:
     """Two soft Lab histograms (square roots, so that rare colours count) and the share of foreground.
 
-    A pixel's weight is 1 - exp(-(dE / 10)^2), dE its CIE76 distance to white; the second histogram also weights by a
-    Gaussian around the image's centre, where the product is. Each pixel is shared among the eight nearest bins.
+    Pixels count by `foreground_weights`, in the second histogram also by `centre_weights`. Each pixel is shared among
+    the eight nearest bins.
     """
 
     name = "lab-histogram-40x32"
@@ -54,10 +66,7 @@ class ColourHistogram:
     def _batch(self, images: np.ndarray) -> torch.Tensor:
         n, (height, width) = len(images), self.size
         lab = srgb_to_lab(resize_antialiased(images, height, width).permute(0, 2, 3, 1).reshape(n, -1, 3))
-        white = torch.tensor([100.0, 0.0, 0.0])
-        foreground = 1.0 - torch.exp(-((lab - white).pow(2).sum(-1)) / 10.0**2)
-        y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
-        centre = torch.exp(-((y[:, None] / 0.6) ** 2 + (x[None, :] / 0.6) ** 2)).reshape(1, -1)
+        foreground, centre = foreground_weights(lab), centre_weights(height, width)
         histograms = [self._histogram(lab, weight) for weight in (foreground, foreground * centre)]
         return torch.cat([*histograms, foreground.mean(dim=1, keepdim=True)], dim=1)
 

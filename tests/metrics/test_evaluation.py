@@ -1,19 +1,22 @@
 """evaluate(): every score must move as it should, in a toy world and on real photos where they are at hand."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gigdiff.errors import DataError, InputError
+from gigdiff.data.records import ProductRecord
+from gigdiff.errors import DataError, InputError, NumericalError
 from gigdiff.evaluation import (
     Reference,
+    TrainPhotos,
     choose_products,
     default_data_dir,
     evaluate,
+    evaluate_images,
     evaluation_prompts,
     make_reference,
     score_images,
@@ -188,6 +191,119 @@ def test_bad_input(toy):
     short.generate = fewer
     with pytest.raises(DataError, match="31 images for 32 prompts"):
         evaluate(short, reference)
+
+
+# ---- every metric moves the right way --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(toy):
+    """The toy world with train photos: as many again, each product of its own group."""
+    reference, other = toy
+    rng = np.random.default_rng(7)
+    photos = np.stack([picture(product, rng) for product in reference.products])
+    records = tuple(ProductRecord(f"t{i}", f"g{i}", product) for i, product in enumerate(reference.products))
+    extractor = reference.extractor
+    train = TrainPhotos(records, tuple(range(len(records))), extractor(photos), lambda rows: photos[list(rows)])
+    whole = replace(reference, train=train, floor_features=(extractor(photos),), cache={})
+    return whole, other, photos
+
+
+def scores(report):
+    return {name: score.value for name, score in report.scores.items()}
+
+
+def test_a_good_set_scores_like_its_real_controls(world):
+    reference, other, _ = world
+    report = evaluate(perfect(reference, other), reference)
+    got, real = scores(report), {name: score.value for name, score in report.controls.items()}
+    for name in ("precision", "recall", "coverage"):
+        assert got[name] == pytest.approx(real[f"real_{name}"], abs=0.08), name
+    assert got["colour_difference"] == pytest.approx(real["real_colour_difference"], abs=1.5)
+    assert got["vendi_score"] == pytest.approx(real["real_vendi_score"], rel=0.1)
+    # Below 0 here, as nothing forbids: these are the very same products, which independent draws would not be.
+    kernel = report.scores["kernel_distance"]
+    assert kernel.low < kernel.value < kernel.high < abs(real["real_kernel_distance"]) + kernel.high - kernel.low
+    assert real["shuffled_colour_difference"] > got["colour_difference"] + 10
+    assert not report.notes
+
+
+def test_memorised_photos_are_told_from_drawn_ones(world):
+    reference, other, photos = world
+    names = [str(product.name) for product in reference.products]
+    copier = PhotoGenerator("copier", {name: photos[[i]] for i, name in enumerate(names)})
+    report, honest = evaluate(copier, reference), evaluate(perfect(reference, other), reference)
+    assert scores(report)["copied"] == 1.0 and scores(report)["copy_ratio"] == 0.0
+    assert scores(honest)["copied"] < 0.8
+    assert honest.controls["neighbour_copied"].value == 1.0
+    assert honest.controls["real_copied"].value < 0.8
+    # Quality alone does not show it:
+    assert scores(report)["frechet_distance"] <= 2 * scores(honest)["frechet_distance"]
+    first = report.closest[0]
+    assert first["ratio"] == 0 and reference.train.records[first["train_row"]].id == first["train_id"]
+
+
+def test_collapse_and_one_colour_move_variety_and_shuffled_captions_move_attributes(world):
+    reference, other, _ = world
+    names = evaluation_prompts(reference.products, "names")
+    good = scores(evaluate(perfect(reference, other), reference))
+    one = scores(evaluate(PhotoGenerator("one", dict.fromkeys(names, other[:1])), reference))
+    assert one["recall"] < 0.1 < good["recall"] and one["coverage"] < 0.3 * good["coverage"]
+    assert one["vendi_score"] < 1.01 < good["vendi_score"]
+    assert one["frechet_distance"] > 10 * good["frechet_distance"]
+    assert one["kernel_distance"] > good["kernel_distance"]
+    assert one["inception_score"] < good["inception_score"]
+
+    painted = other.copy()
+    painted[painted.min(axis=3) < 240] = COLOURS["red"]  # shapes right, one colour for all
+    red = scores(evaluate(perfect(reference, painted), reference))
+    assert red["article_type"] == good["article_type"] and red["colour_group"] < 0.4
+    assert red["colour_difference"] > good["colour_difference"] + 15
+    assert red["recall"] < good["recall"]
+
+    shuffled = scores(evaluate(shuffled_photos(names, other), reference))
+    for name in ("precision", "recall", "coverage", "vendi_score", "frechet_ratio"):
+        assert shuffled[name] == pytest.approx(good[name], rel=1e-6), name  # the same set of images
+    assert shuffled["colour_difference"] > good["colour_difference"] + 15
+    assert shuffled["colour_group"] < 0.5 * good["colour_group"]
+
+
+def test_confusions_say_what_was_drawn_instead(world):
+    reference, other, _ = world
+    painted = other.copy()
+    painted[painted.min(axis=3) < 240] = COLOURS["blue"]
+    report = evaluate(perfect(reference, painted), reference)
+    assert {read for row in report.confusion["colour_group"].values() for read in row} == {"blue"}
+    assert report.real_confusion["colour_group"]["red"] == {
+        "red": sum(report.confusion["colour_group"]["red"].values())
+    }
+
+
+def test_too_few_images_are_noted_and_not_a_number(world):
+    reference, other, _ = world
+    report = evaluate_images(other[:4], reference, name="few")
+    assert {"frechet_distance", "kernel_distance"} <= set(report.scores)
+    assert not {"precision", "frechet_infinite", "article_type"} & set(report.scores)
+    assert any("needs at least 6 images" in note for note in report.notes)
+    assert any("needs at least 32 images, 4 given" in note for note in report.notes)
+
+
+def test_nan_features_stop_it(world):
+    reference, other, _ = world
+
+    class Broken(ToyFeatures):
+        def __call__(self, images):
+            return np.full((len(images), 5), np.nan, np.float32)
+
+    with pytest.raises(NumericalError, match="240 of 240"):
+        evaluate(perfect(reference, other), replace(reference, extractor=Broken()))
+
+
+def test_prompt_sets_need_the_train_split(toy):
+    reference, other = toy
+    for prompts in ("wordings", "recombined"):
+        with pytest.raises(InputError, match="what training held"):
+            evaluate(perfect(reference, other), reference, prompts=prompts)
 
 
 @dataclass
