@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -157,6 +157,7 @@ class GenerationResult:
         seconds: wall-clock time of `generate`, loading not included.
         notes: what the user should know, such as the part of a long prompt that was left out.
         weights: short hash of the weights files, "" where unknown.
+        extra: further fields for the saved file: what was done to the images after they were drawn.
     """
 
     images: np.ndarray
@@ -165,6 +166,7 @@ class GenerationResult:
     seconds: float
     notes: tuple[str, ...] = ()
     weights: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     def pictures(self) -> list[Image.Image]:
         """The images as PIL, each with its prompt, seed, model and settings in `.info` (see `gigdiff.provenance`)."""
