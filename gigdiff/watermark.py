@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from gigdiff.errors import InputError
+from gigdiff.foreground import blur
 from gigdiff.images import to_pil, to_rgb
 
 __all__ = ["SCHEME", "THRESHOLD", "detect", "embed"]
@@ -71,10 +72,10 @@ def detect(image: Image.Image | np.ndarray) -> float:
     picture = to_pil(image) if isinstance(image, np.ndarray) else to_rgb(image)
     _check_size(picture)
     grey = np.asarray(picture, dtype=np.float64) @ LUMA
-    smooth = _blur(grey, max(1, min(grey.shape) // 32))
+    smooth = blur(grey, max(1, min(grey.shape) // 32))
     residual = grey - smooth
     # Equal loudness everywhere: a few hard edges would otherwise drown the rest.
-    residual /= 2.0 + np.sqrt(_blur(residual**2, max(1, min(grey.shape) // 32)))
+    residual /= 2.0 + np.sqrt(blur(residual**2, max(1, min(grey.shape) // 32)))
     residual[_is_white(np.asarray(picture, dtype=np.float64))] = 0.0
     on_grid = Image.fromarray(residual.astype(np.float32)).resize((GRID, GRID), Image.Resampling.BICUBIC)
     spectrum = np.fft.fft2(np.asarray(on_grid, dtype=np.float64))
@@ -136,7 +137,7 @@ def _amplitude(pixels: np.ndarray) -> np.ndarray:
     """Grey levels (H, W) by which the pattern's unit changes each pixel: more in texture, fading out towards white."""
     grey = pixels @ LUMA
     reach = max(1, min(grey.shape) // 32)
-    spread = np.sqrt(np.maximum(_blur(grey**2, reach) - _blur(grey, reach) ** 2, 0))
+    spread = np.sqrt(np.maximum(blur(grey**2, reach) - blur(grey, reach) ** 2, 0))
     # Small pictures have few pixels to hide it in, and are seen enlarged in no shop: they bear more.
     base = 2.2 * np.clip(240 / min(grey.shape), 1.0, 2.5) ** 0.5
     fade = np.clip((252 - grey) / 6, 0, 1)
@@ -145,14 +146,3 @@ def _amplitude(pixels: np.ndarray) -> np.ndarray:
 
 def _is_white(pixels: np.ndarray) -> np.ndarray:
     return pixels.min(axis=-1) >= 250
-
-
-def _blur(values: np.ndarray, reach: int) -> np.ndarray:
-    """Box mean over (2 reach + 1) squared pixels, edges repeated."""
-    size = 2 * reach + 1
-    for axis in (0, 1):
-        padded = np.pad(values, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        sums = padded.cumsum(axis=axis)
-        count = values.shape[axis]
-        values = (np.take(sums, range(size, size + count), axis) - np.take(sums, range(count), axis)) / size
-    return values
