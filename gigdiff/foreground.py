@@ -15,7 +15,8 @@ from gigdiff.colour import rgb_to_lab
 __all__ = ["background_colour", "blur", "bounding_box", "product_mask"]
 
 WORK_SIDE = 320  # pixels on the longer side at which the search is done
-TOLERANCE = 6.0  # CIE76 units between the background and what still is background
+# CIE76 units between the background and what still is background: little where it is even, or white goods drown in it.
+TOLERANCE = (2.5, 6.0)
 
 
 def product_mask(pixels: np.ndarray) -> np.ndarray:
@@ -30,16 +31,23 @@ def product_mask(pixels: np.ndarray) -> np.ndarray:
     small = pixels if scale == 1.0 else np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
     lab = rgb_to_lab(small)
     distance = np.linalg.norm(lab - background_colour(small), axis=-1)
-    background = _connected_to_frame(distance < TOLERANCE)
+    frame = np.concatenate([distance[[0, -1]].ravel(), distance[:, [0, -1]].ravel()])
+    uneven = np.percentile(frame[frame < TOLERANCE[1]], 95) if (frame < TOLERANCE[1]).any() else 0.0
+    tolerance = float(np.clip(1.5 + 2 * uneven, *TOLERANCE))
+    background = _connected_to_frame(distance < tolerance)
     # A hole through which the background shows (a bag's handle) is all but exactly its colour, and even.
     even = blur((distance < 1.0).astype(np.float64), 1) > 0.99
-    background |= _grown_into(even, distance < TOLERANCE / 2)
+    background |= _grown_into(even, distance < tolerance / 2)
     mask = 1.0 - background
     if scale < 1.0:
-        mask = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
-    # The outline's pixels are mixtures: what is nearly background counts less.
+        mask, distance = (
+            np.asarray(Image.fromarray(a.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+            for a in (mask, distance)
+        )
+    # The outline's pixels are mixtures of product and background; what is background to the bit is no mixture.
     edge = blur(mask.astype(np.float64), max(1, round(1 / scale)))
-    return np.where((mask > 0.5) | (edge > 0.05), np.clip(2 * edge - 0.5, 0, 1), 0.0).clip(0, 1)
+    soft = np.clip(2 * edge - 0.5, 0, 1)
+    return np.where(mask > 0.5, soft, soft * np.clip((distance - 1) / 12, 0, 1))
 
 
 def background_colour(pixels: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ __all__ = [
     "check_writable",
     "contact_sheet",
     "fit_image",
+    "fitted_box",
     "save_image",
     "to_model",
     "to_pil",
@@ -81,15 +82,25 @@ def fit_image(image: Image.Image, height: int, width: int) -> np.ndarray:
     if height < 1 or width < 1:
         raise InputError(f"fit_image got height={height}, width={width}; both must be at least 1.")
     image = to_rgb(image)
-    scale = min(height / image.height, width / image.width)
-    if not 1.0 <= scale < RESAMPLE_FROM:
-        size = (max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    left, top, right, bottom = fitted_box(image.size, height, width)
+    if image.size != (right - left, bottom - top):
+        image = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, reducing_gap=3.0)
     if image.size == (width, height):
         return np.array(image, dtype=np.uint8)
     frame = Image.new("RGB", (width, height), WHITE)
-    frame.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    frame.paste(image, (left, top))
     return np.array(frame, dtype=np.uint8)
+
+
+def fitted_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Where `fit_image` puts a picture of `size` (width, height): (left, top, right, bottom) inside the frame."""
+    scale = min(height / size[1], width / size[0])
+    if 1.0 <= scale < RESAMPLE_FROM:
+        inner = size
+    else:
+        inner = (max(1, min(width, round(size[0] * scale))), max(1, min(height, round(size[1] * scale))))
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    return left, top, left + inner[0], top + inner[1]
 
 
 def to_model(images: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "MAX_SIZE",
     "MAX_STEPS",
     "Capabilities",
+    "EditStart",
     "GenerationRequest",
     "GenerationResult",
     "ImageGenerator",
@@ -144,6 +145,41 @@ class GenerationRequest:
         """Images start to stop of this request, as a request: what a generator does in one batch."""
         negatives = None if self.negative_prompts is None else self.negative_prompts[start:stop]
         return replace(self, prompts=self.prompts[start:stop], seeds=self.seeds[start:stop], negative_prompts=negatives)
+
+
+@dataclass(frozen=True)
+class EditStart:
+    """The pictures that an edit begins with, beside its request.
+
+    Attributes:
+        images: uint8 (N, height, width, 3), one for each image of the request, of the request's size.
+        strength: above 0, up to 1: the share of the denoising steps that are done. 1 keeps next to nothing.
+        mask: bool (height, width), True where to draw anew, or None: everywhere.
+        num_resample_steps: with a mask, how often each step is done (RePaint's resampling, arXiv 2201.09865): more
+            makes what is drawn fit better to what is kept, at that many times the cost.
+
+    Raises:
+        InputError: a strength or count out of its range.
+    """
+
+    images: np.ndarray
+    strength: float
+    mask: np.ndarray | None = None
+    num_resample_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("strength", self.strength, 0.0, 1.0, "1 keeps next to nothing of the picture")
+        if self.strength <= 0:
+            raise InputError("strength=0 would change nothing; give more than 0, up to 1.")
+        check_integer("num_resample_steps", self.num_resample_steps, 1, 50)
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """The step (from 0) that an edit begins with, as diffusers counts: the last `strength` of them are done."""
+        return num_inference_steps - max(1, min(num_inference_steps, int(num_inference_steps * self.strength)))
+
+    def part(self, start: int, stop: int) -> EditStart:
+        """Images start to stop of it."""
+        return replace(self, images=self.images[start:stop])
 
 
 @dataclass(frozen=True)
