@@ -321,7 +321,7 @@ def choose_upscaler(
     generator: ImageGenerator,
     device: str | torch.device | None = None,
 ) -> Upscaler | None:
-    """What enlarges this generator's images: what was asked for, or by default the embedded upscaler for our own models.
+    """What enlarges this generator's images: what was asked for; by default the embedded upscaler, for our own models.
 
     Raises:
         InputError: a fidelity without upscaling, or out of range. ModelNotFoundError: no such upscaler.

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 import gigdiff
-from gigdiff.cli_pictures import COMMANDS, saving_options, signer_of
+from gigdiff.cli_pictures import COMMANDS, parse_post, saving_options, signer_of
 from gigdiff.errors import GigdiffError, InputError, OutputError
 
 __all__ = ["main"]
@@ -83,10 +83,9 @@ def cli() -> None:
 @click.option("--width", type=int, help="Pixels, a multiple of 8. [default: the model's]")
 @click.option("--lora", help="LoRA file or hub id.")
 @click.option("--lora-scale", type=float, default=1.0, show_default=True, help="Strength of the LoRA.")
-@click.option("--upscale/--no-upscale", default=None, help="Enlarge 4x. [default: embedded models' pictures are]")
-@click.option("--fidelity", type=float, help="Of upscaling: 1 = true to the pixels, 0 = sharp. [default: 0.5]")
 @saving_options
 @click.option("--batch-size", type=int, help="Images drawn at once. [default: by their size]")
+@click.option("--block-names", is_flag=True, help="Refuse prompts that name a known brand or celebrity.")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
@@ -111,7 +110,10 @@ def _generate(
     overwrite: bool,
     file_format: str,
     upscale: bool | None,
+    upscaler: str | None,
     fidelity: float | None,
+    post: tuple[str, ...],
+    block_names: bool,
     watermark: bool,
     sign_cert: str | None,
     sign_key: str | None,
@@ -126,7 +128,12 @@ def _generate(
 ) -> None:
     from gigdiff.api import build_request, iter_results, join_results
 
-    signer = signer_of(sign_cert, sign_key, sign_algorithm)
+    signer, steps_after, safety = signer_of(sign_cert, sign_key, sign_algorithm), parse_post(post), None
+    if block_names:
+        from gigdiff.safety import BRANDS, CELEBRITIES, Safety, blocklist
+
+        safety = Safety((blocklist(BRANDS, "brand"), blocklist(CELEBRITIES, "celebrity")))
+        safety.check_prompts(prompts)  # before a model is loaded
 
     request = build_request(
         list(prompts),
@@ -137,7 +144,8 @@ def _generate(
     )
 
     from gigdiff.images import check_writable, contact_sheet, save_image
-    from gigdiff.provenance import metadata, save, sheet_metadata
+    from gigdiff.postprocess import postprocess
+    from gigdiff.provenance import save, sheet_metadata
 
     # Before any time is spent: can every file be written?
     paths = _file_names(output, request.prompts, request.seeds, num_images_per_prompt, file_format)
@@ -155,15 +163,16 @@ def _generate(
         batch_size=batch_size,
         device=device,
         progress=not quiet,
-        upscale=upscale,
+        upscale=upscale if upscaler is None else upscaler,
         fidelity=fidelity,
+        safety=safety,
     ):
         results.append(result)
         for i, picture in enumerate(result.pictures()):
-            fields = metadata(result, i)
-            path = save(
-                paths[len(drawn)], picture, fields, overwrite=overwrite, watermark=watermark, signer=signer
-            )
+            if steps_after:
+                picture = postprocess(picture, steps_after)
+            target = paths[len(drawn)]
+            path = save(target, picture, picture.info, overwrite=overwrite, watermark=watermark, signer=signer)
             drawn.append(picture)
             _report(path, picture, result.seconds / len(result.images), result.model, f"seed {result.request.seeds[i]}")
     for note in dict.fromkeys(note for result in results for note in result.notes):

@@ -29,11 +29,11 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
     lab[..., 0] = lab[..., 0].clip(0, 100)
     linear = _linear(lab)
     # Clipping channels would turn a saturated navy purple; shrinking its chroma until it fits does not.
-    for _ in range(12):
+    for _ in range(30):
         outside = (linear < -1e-4).any(axis=-1) | (linear > 1 + 1e-4).any(axis=-1)
         if not outside.any():
             break
-        lab[outside, 1:] *= 0.85
+        lab[outside, 1:] *= 0.94
         linear[outside] = _linear(lab[outside])
     linear = linear.clip(0, 1)
     c = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)

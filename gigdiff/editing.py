@@ -71,7 +71,7 @@ def edit(
     Args:
         image: a path, a PIL image or uint8 (H, W, 3). Grey, palette, CMYK, 16-bit and transparent ones are converted,
             with a note; animated ones are refused.
-        prompt: what to draw. "The same coat in navy" is a recolouring. None takes the picture's own, if gigdiff made it.
+        prompt: what to draw. "The same coat in navy" is a recolouring. None takes the picture's own, if it has one.
         mask_image: white where to draw anew; of the picture's size.
         colour: "navy", "dark red", "#102040".
         reference_image: whose colours and contrast to take.
@@ -89,7 +89,11 @@ def edit(
         InputError, DataError: a picture, mask or argument; CapabilityError: a model that can't; else as `generate`.
     """
     picture = open_picture(image)
-    given = [name for name, value in zip(KINDS, (mask_image, colour, reference_image, background, aspect_ratio), strict=True) if value is not None]
+    given = [
+        name
+        for name, value in zip(KINDS, (mask_image, colour, reference_image, background, aspect_ratio), strict=True)
+        if value is not None
+    ]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were given; one edit at a time: edit the result again.")
     if not given and prompt is not None and (asked := asked_colour(prompt)) is not None:
@@ -99,9 +103,11 @@ def edit(
     kind = given[0] if given else "image" if prompt is not None else "variations"
     notes = describe_changes(image)
     fields = {"source_image": pixel_hash(np.asarray(picture)), "notes": "\n".join(notes)}
-    if strength is None and kind in ("colour", "reference_image") or kind == "background":
+    if (strength is None and kind in ("colour", "reference_image")) or kind == "background":
         if num_images_per_prompt != 1:
-            raise InputError(f"num_images_per_prompt={num_images_per_prompt}: this edit draws nothing, so all are alike.")
+            raise InputError(
+                f"num_images_per_prompt={num_images_per_prompt}: this edit draws nothing, so all are alike."
+            )
         done, fields["edit"] = _without_model(picture, colour, reference_image, background)
         return _described(done, fields)
 
@@ -180,7 +186,7 @@ def _described(picture: Image.Image, fields: dict[str, str]) -> Image.Image:
 
 
 def _extended(picture: Image.Image, ratio: str) -> tuple[Image.Image, np.ndarray]:
-    """The picture in the middle of a frame of that ratio, its edges drawn out, and the mask of what was added."""
+    """The picture amid a frame of that ratio, its edges drawn out, and the mask of what was added."""
     width, height = padded_size(picture.width, picture.height, ratio)
     if (width, height) == picture.size:
         raise InputError(f"the picture is {ratio} already; nothing would be drawn.")
@@ -198,7 +204,7 @@ def _extended(picture: Image.Image, ratio: str) -> tuple[Image.Image, np.ndarray
 
 
 def _work_size(can: Capabilities, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) to work at: the model's own, or of about its area in the picture's shape where that is far off."""
+    """(height, width) to work at: the model's own; its area in the picture's shape where that is far off."""
     height, width = can.default_size
     shape, own = size[0] / size[1], width / height
     if can.sizes is not None or max(shape / own, own / shape) < 1.3:

@@ -12,7 +12,7 @@ from gigdiff.errors import GigdiffError, InputError, MissingDependencyError, Mod
 from gigdiff.provenance import XMP_KEYWORD, lora_hash, read
 
 if TYPE_CHECKING:
-    from gigdiff.generators.request import GenerationResult
+    from PIL import Image
 
 __all__ = ["inspect_file", "redraw"]
 
@@ -53,11 +53,11 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Section]:
     }
 
 
-def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[GenerationResult, dict[str, str]]:
+def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Image.Image, dict[str, str]]:
     """Draws a file's picture again from what the file says: the same pixels, on the same kind of machine.
 
     Returns:
-        The result (one image; a watermark that the file has is not yet in it) and the file's fields.
+        The picture, post-processed as the file was (`provenance.save` puts a watermark in), and the file's fields.
 
     Raises:
         InputError: the file does not say enough, or is an edit of a picture that it does not hold.
@@ -71,8 +71,8 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Gen
         raise InputError(f'"{path}" can\'t be drawn again: it has no {", ".join(missing)}. It may come from elsewhere.')
     if "edit" in fields:
         raise InputError(
-            f'"{path}" is an edit ({fields["edit"]}) of another picture ({fields.get("source_image", "unknown")}), which '
-            "is not in the file: run `gigdiff edit` on that picture with the settings that `gigdiff inspect` shows."
+            f'"{path}" is an edit ({fields["edit"]}) of another picture ({fields.get("source_image", "?")}), '
+            "which is not in the file: run `gigdiff edit` on that picture with the settings that `gigdiff inspect` shows."
         )
     if "\n" in fields["seed"]:
         raise InputError(f'"{path}" is a contact sheet of several pictures; draw one again from its own file.')
@@ -116,7 +116,12 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Gen
                 f"{what} has other weights ({ours}) than the one that drew the file ({theirs}): it would give another "
                 "picture. Install the version of gigdiff in the file's Software field, or give that model's folder."
             )
-    return result, fields
+    picture = result.pictures()[0]
+    if "postprocess" in fields:
+        from gigdiff.postprocess import parse_steps, postprocess
+
+        picture = postprocess(picture, parse_steps(fields["postprocess"]))
+    return picture, fields
 
 
 def _whole(fields: Mapping[str, str], name: str) -> int | None:

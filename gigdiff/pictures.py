@@ -113,7 +113,9 @@ def _open(source: Picture, name: str) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
-            raise InputError(f"{name} is an array of {source.dtype} {source.shape}; uint8 (height, width, 3) is allowed.")
+            raise InputError(
+                f"{name} is an array of {source.dtype} {source.shape}; uint8 (height, width, 3) is allowed."
+            )
         return to_pil(source)
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"{name} is a {type(source).__name__}; give a path, a PIL image or a uint8 array (H, W, 3).")

@@ -305,7 +305,9 @@ def _known(step: Step) -> tuple[str, dict[str, Any]]:
 
 
 def _say(name: str, arguments: Mapping[str, Any]) -> str:
-    pairs = ",".join(f"{key}={value if not isinstance(value, Image.Image) else 'picture'}" for key, value in arguments.items())
+    pairs = ",".join(
+        f"{key}={value if not isinstance(value, Image.Image) else 'picture'}" for key, value in arguments.items()
+    )
     return f"{name}:{pairs}" if pairs else name
 
 
@@ -338,10 +340,12 @@ def _like(new: Image.Image, old: Image.Image) -> Image.Image:
 def _ground(pixels: np.ndarray) -> tuple[int, int, int]:
     """The background's colour as sRGB: white, where it is that to within two levels."""
     depth = max(1, min(pixels.shape[:2]) // 40)
-    frame = np.concatenate([p.reshape(-1, 3) for p in (pixels[:depth], pixels[-depth:], pixels[:, :depth], pixels[:, -depth:])])
+    frame = np.concatenate(
+        [p.reshape(-1, 3) for p in (pixels[:depth], pixels[-depth:], pixels[:, :depth], pixels[:, -depth:])]
+    )
     near = np.linalg.norm(rgb_to_lab(frame) - background_colour(pixels), axis=-1) < 4
     colour = np.median(frame[near], axis=0) if near.any() else np.array(WHITE)
-    return WHITE if colour.min() >= 253 else tuple(int(round(c)) for c in colour)  # type: ignore[return-value]
+    return WHITE if colour.min() >= 253 else tuple(round(float(c)) for c in colour)  # type: ignore[return-value]
 
 
 def _colour(text: str) -> tuple[int, int, int]:

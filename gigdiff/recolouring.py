@@ -35,9 +35,13 @@ def colour_rgb(name: str) -> tuple[int, int, int]:
         return int(wanted[1:3], 16), int(wanted[3:5], 16), int(wanted[5:7], 16)
     known = {colour.lower(): colour for colour in COLOUR_RGB}
     known |= {word.lower(): colour for word, colour in COLOUR_NAMES.items() if colour in COLOUR_RGB}
-    known |= {word.lower(): colour for colour, words in COLOUR_SYNONYMS.items() if colour in COLOUR_RGB for word in words}
+    known |= {
+        word.lower(): colour for colour, words in COLOUR_SYNONYMS.items() if colour in COLOUR_RGB for word in words
+    }
     if wanted not in known:
-        raise InputError(f'colour "{name}" is unknown; {nearest(wanted, [c.lower() for c in COLOUR_RGB])}, or "#rrggbb".')
+        raise InputError(
+            f'colour "{name}" is unknown; {nearest(wanted, [c.lower() for c in COLOUR_RGB])}, or "#rrggbb".'
+        )
     return COLOUR_RGB[known[wanted]]
 
 
@@ -71,8 +75,12 @@ def recolour(image: Image.Image, rgb: tuple[int, int, int], strength: float = 1.
     # A black's folds span a few units of lightness; on a lighter colour the same light makes a wider range.
     gain = np.interp(middle, [10, 35], [np.interp(centre, [20, 60], [1.0, 1.8]), 1.0])
     up, down = max(high - middle, 1e-3) * gain, max(middle - low, 1e-3) * gain
+    # A bright saturated yellow has no lighter yellow above it in sRGB: its shading goes downwards only.
+    bright = np.clip((np.hypot(*target[1:]) - 10) / 50, 0, 1) * np.clip((centre - 60) / 20, 0, 1)
+    ceiling = (1 - bright) * 99 + bright * (centre + 2)
     away = (lab[..., 0] - middle) * gain
-    away *= np.where(away > 0, min(1.0, (99 - centre) / up), min(1.0, (centre - 4) / down))
+    away *= np.where(away > 0, min(1.0, (ceiling - centre) / up), min(1.0, (centre - 4) / down))
+    away = np.minimum(away, ceiling - centre)
     lightness = centre + away
     # Shade keeps the hue and loses chroma, light too, a little.
     chroma = np.clip(lightness / max(centre, 1.0), 0.45, 1.1)[..., None]

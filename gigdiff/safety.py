@@ -3,8 +3,8 @@
     safety = Safety(prompt_filters=(blocklist(BRANDS),), image_filters=(diffusers_checker("path/to/checker"),))
     gigdiff.generate("red wool coat", safety=safety)
 
-A filter is any callable from a prompt, or from a uint8 picture (H, W, 3), to a Verdict. A blocked picture is an error that
-names filter, label and score; no picture is ever blackened in silence.
+A filter is any callable from a prompt, or from a uint8 picture (H, W, 3), to a Verdict. A blocked picture is an error
+that names filter, label and score; no picture is ever blackened in silence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from gigdiff.generators.request import GenerationResult
 
-__all__ = ["BRANDS", "CELEBRITIES", "ImageFilter", "PromptFilter", "Safety", "Verdict", "blocklist", "diffusers_checker"]
+__all__ = [
+    "BRANDS",
+    "CELEBRITIES",
+    "ImageFilter",
+    "PromptFilter",
+    "Safety",
+    "Verdict",
+    "blocklist",
+    "diffusers_checker",
+]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Safety:
 
     Attributes:
         prompt_filters, image_filters: asked in this order; the first that blocks ends it.
-        fail_closed: a filter that raises blocks. Otherwise what it looked at passes, with a note that it went unchecked.
+        fail_closed: a filter that raises blocks. Otherwise what it looked at passes, with a note that says so.
     """
 
     prompt_filters: tuple[PromptFilter, ...] = ()
@@ -154,7 +163,9 @@ def diffusers_checker(folder: str | Path, threshold: float = 0.0) -> ImageFilter
             margin = unit @ concepts.T - checker.concept_embeds_weights + threshold
         worst = float(margin.max())
         action: Literal["allow", "block"] = "block" if worst > 0 else "allow"
-        return Verdict(action, "nsfw" if worst > 0 else "", min(1.0, max(0.0, 0.5 + worst)), "diffusers-safety-checker", "1")
+        return Verdict(
+            action, "nsfw" if worst > 0 else "", min(1.0, max(0.0, 0.5 + worst)), "diffusers-safety-checker", "1"
+        )
 
     return diffusers_safety_checker
 
@@ -178,15 +189,15 @@ def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 60 else prompt[:57] + "...")
 
 
-#: Brands whose logos and trade dress a shop must not imitate; by no means all. "polo", "puma" and the like are words too,
-#: so add your own with care.
+#: Brands whose logos and trade dress a shop must not imitate; by no means all. "polo", "puma" and the like are words
+#: too, so add your own with care.
 BRANDS: tuple[str, ...] = (
     "Adidas", "Armani", "Asics", "Balenciaga", "Birkenstock", "Bottega Veneta", "Burberry", "Bvlgari", "Calvin Klein",
     "Cartier", "Casio", "Céline", "Chanel", "Christian Louboutin", "Converse", "Crocs", "Diesel", "Dior",
     "Dolce & Gabbana", "Fendi", "Ferrari", "Fila", "Fossil", "Givenchy", "Gucci", "H&M", "Hermès", "Hugo Boss",
     "Jimmy Choo", "Lacoste", "Levi's", "Louis Vuitton", "Lululemon", "Michael Kors", "Moncler", "New Balance", "Nike",
-    "Off-White", "Omega", "Patagonia", "Prada", "Ralph Lauren", "Ray-Ban", "Reebok", "Rolex", "Saint Laurent",
-    "Skechers", "Supreme", "Swarovski", "Swatch", "The North Face", "Tiffany", "Timberland", "Titan", "Tommy Hilfiger",
+    "Omega", "Patagonia", "Prada", "Ralph Lauren", "Ray-Ban", "Reebok", "Rolex", "Saint Laurent",
+    "Skechers", "Swarovski", "Swatch", "The North Face", "Tiffany", "Timberland", "Titan", "Tommy Hilfiger",
     "Under Armour", "Uniqlo", "Valentino", "Vans", "Versace", "Yves Saint Laurent", "Zara",
 )  # fmt: skip
 
@@ -195,8 +206,8 @@ CELEBRITIES: tuple[str, ...] = (
     "Aishwarya Rai", "Amitabh Bachchan", "Angelina Jolie", "Ariana Grande", "Beyoncé", "Brad Pitt", "Cristiano Ronaldo",
     "David Beckham", "Deepika Padukone", "Donald Trump", "Drake", "Dwayne Johnson", "Elon Musk", "Emma Watson",
     "Gigi Hadid", "Jennifer Lopez", "Justin Bieber", "Kanye West", "Kate Moss", "Kate Middleton", "Katy Perry",
-    "Keanu Reeves", "Kendall Jenner", "Kim Kardashian", "Kylie Jenner", "Lady Gaga", "LeBron James", "Leonardo DiCaprio",
-    "Lionel Messi", "Meghan Markle", "Michael Jordan", "Oprah Winfrey", "Priyanka Chopra", "Rihanna", "Roger Federer",
+    "Keanu Reeves", "Kendall Jenner", "Kim Kardashian", "Kylie Jenner", "Lady Gaga", "LeBron James",
+    "Leonardo DiCaprio", "Lionel Messi", "Meghan Markle", "Michael Jordan", "Oprah Winfrey", "Priyanka Chopra", "Rihanna", "Roger Federer",
     "Scarlett Johansson", "Selena Gomez", "Serena Williams", "Shah Rukh Khan", "Taylor Swift", "Tom Cruise",
     "Virat Kohli", "Zendaya",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from gigdiff.errors import InputError, MissingDependencyError, ModelMismatchError, ModelNotFoundError, nearest
+from gigdiff.errors import MissingDependencyError, ModelMismatchError, ModelNotFoundError, nearest
 from gigdiff.generators.request import GenerationResult, check_number
 from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.pictures import Picture, describe_changes, open_picture
@@ -159,7 +159,9 @@ def load_upscaler(name: str | os.PathLike[str], fidelity: float = FIDELITY, devi
         return _from_spandrel(path, text, where)
     if not path.is_dir():
         if text in UPSCALERS:
-            raise ModelNotFoundError(f'the embedded upscaler "{text}" is not in this version; upscale=False draws without.')
+            raise ModelNotFoundError(
+                f'the embedded upscaler "{text}" is not in this version; upscale=False draws without.'
+            )
         raise ModelNotFoundError(
             f'there is no upscaler "{text}"; {nearest(text, UPSCALERS)}. Or give a folder, or a .safetensors file.'
         )
@@ -221,5 +223,11 @@ def _from_spandrel(path: Path, name: str, device: torch.device) -> Upscaler:
         return model((x + 1) / 2) * 2 - 1
 
     return Upscaler(
-        network, name=name, scale=model.scale, reach=32, device=device, dtype=torch.float32, weights=lora_hash(str(path))
+        network,
+        name=name,
+        scale=model.scale,
+        reach=32,
+        device=device,
+        dtype=torch.float32,
+        weights=lora_hash(str(path)),
     )

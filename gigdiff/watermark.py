@@ -100,7 +100,7 @@ def _check_size(picture: Image.Image) -> None:
 
 @functools.cache
 def _pattern() -> np.ndarray:
-    """The pattern (GRID, GRID), zero mean, unit variance, the same on every machine (Philox is specified to the bit)."""
+    """The pattern (GRID, GRID), zero mean, unit variance, the same on every machine (Philox is exact)."""
     key = int.from_bytes(hashlib.sha256(SCHEME.encode()).digest()[:16], "little")
     noise = np.random.Generator(np.random.Philox(key=key)).random((GRID, GRID)) - 0.5
     pattern = np.fft.ifft2(np.fft.fft2(noise) * _band()).real

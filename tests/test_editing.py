@@ -155,7 +155,11 @@ class TestImageToImage:
 
 class TestRefusals:
     def test_masks(self, model: DiffusionGenerator):
-        for mask, words in ((hole(90, 120), "must be the same"), (hole() & False, "all black"), (hole() | True, "all white")):
+        for mask, words in (
+            (hole(90, 120), "must be the same"),
+            (hole() & False, "all black"),
+            (hole() | True, "all white"),
+        ):
             with pytest.raises(InputError, match=words):
                 gigdiff.edit(photo(), "bag", mask_image=mask, model=model)
 

@@ -133,7 +133,7 @@ def write_many(folder: Path, suffix: str, count: int) -> dict[str, dict[str, str
     for i in range(count):
         made = result(f"prompt-{i} <&> 毛呢 'coat'", seed=i, lora_weights=f"{i:016x}"[::-1] + "f")
         if i % 3 == 0:
-            made = result(f"prompt-{i} \"red\" é", seed=i, lora_weights=f"f{i:015x}", edit="recolour")
+            made = result(f'prompt-{i} "red" é', seed=i, lora_weights=f"f{i:015x}", edit="recolour")
         fields = metadata(made, 0)
         save(folder / f"{i}{suffix}", made.images[0], fields)
         kind = "compositeWithTrainedAlgorithmicMedia" if i % 3 == 0 else "trainedAlgorithmicMedia"

@@ -25,7 +25,8 @@ def test_a_path_an_image_and_an_array_are_the_same(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "note"), [("RGBA", "transparent"), ("CMYK", "CMYK"), ("I;16", "8 bits"), ("L", ""), ("P", ""), ("LA", "transparent")]
+    ("mode", "note"),
+    [("RGBA", "transparent"), ("CMYK", "CMYK"), ("I;16", "8 bits"), ("L", ""), ("P", ""), ("LA", "transparent")],
 )
 def test_other_modes_are_converted_and_told(mode: str, note: str, tmp_path: Path):
     if mode == "I;16":
@@ -80,7 +81,12 @@ def test_masks(tmp_path: Path):
     square = np.zeros((20, 16), bool)
     square[5:10, 4:9] = True
     layer = np.dstack([np.zeros((20, 16, 3), np.uint8), square.astype(np.uint8) * 255])
-    forms = [square, square.astype(np.uint8) * 255, square.astype(np.float32), Image.fromarray(square.astype(np.uint8) * 255)]
+    forms = [
+        square,
+        square.astype(np.uint8) * 255,
+        square.astype(np.float32),
+        Image.fromarray(square.astype(np.uint8) * 255),
+    ]
     for mask in [*forms, Image.fromarray(np.repeat(square[..., None] * np.uint8(255), 3, 2)), Image.fromarray(layer)]:
         assert (open_mask(mask, (16, 20)) == square).all()
     with pytest.raises(InputError, match=r"20 x 16 and the picture 16 x 20"):

@@ -110,14 +110,18 @@ def test_a_profile_is_converted():
 
 
 def test_steps_as_text_and_in_the_order_given():
-    steps = parse_steps(["crop_to_product:margin=0.1", "pad:ratio=4:5,colour=#ff0000; limit_size:max_side=30,enlarge=true"])
+    steps = parse_steps(
+        ["crop_to_product:margin=0.1", "pad:ratio=4:5,colour=#ff0000; limit_size:max_side=30,enlarge=true"]
+    )
     assert steps == [
         ("crop_to_product", {"margin": 0.1}), ("pad", {"ratio": "4:5", "colour": "#ff0000"}),
         ("limit_size", {"max_side": 30, "enlarge": True}),
     ]  # fmt: skip
     out = postprocess(picture(), steps)
     assert parse_steps(out.info["postprocess"]) == steps, "the record reads back"
-    forth, back = (postprocess(picture(), order).size for order in (["crop_to_product", "pad"], ["pad", "crop_to_product"]))
+    forth, back = (
+        postprocess(picture(), order).size for order in (["crop_to_product", "pad"], ["pad", "crop_to_product"])
+    )
     assert forth != back
 
 

@@ -37,7 +37,9 @@ class TestRecolour:
         ground = (before == 255).all(axis=-1)
         assert (after[ground] == 255).all() and out.size == picture.size
         goods = (slice(26, 55), slice(24, 66))
-        reached, wanted = (np.median(rgb_to_lab(a).reshape(-1, 3), axis=0) for a in (after[goods], np.array(colour_rgb(name))[None]))
+        reached, wanted = (
+            np.median(rgb_to_lab(a).reshape(-1, 3), axis=0) for a in (after[goods], np.array(colour_rgb(name))[None])
+        )
         wanted[0] = np.clip(wanted[0], 14, 93)
         assert np.linalg.norm(reached - wanted) < 12, (reached, wanted)
         # Shape kept: light and shade go together as before.

@@ -166,9 +166,7 @@ class DiffusionGenerator:
         """
         return self._draw(request, None, on_step)
 
-    def edit(
-        self, request: GenerationRequest, start: EditStart, *, on_step: OnStep | None = None
-    ) -> GenerationResult:
+    def edit(self, request: GenerationRequest, start: EditStart, *, on_step: OnStep | None = None) -> GenerationResult:
         """Draw the request's images from pictures instead of from noise; errors as `generate`.
 
         Noise of the level at which the remaining steps begin is added to the pictures' latents (SDEdit, Meng et al.
@@ -423,9 +421,7 @@ class PipelineGenerator:
         """
         return self._draw(request, None, on_step)
 
-    def edit(
-        self, request: GenerationRequest, start: EditStart, *, on_step: OnStep | None = None
-    ) -> GenerationResult:
+    def edit(self, request: GenerationRequest, start: EditStart, *, on_step: OnStep | None = None) -> GenerationResult:
         """Draw from pictures by diffusers' own image-to-image or inpainting pipeline over the same weights.
 
         Raises:
