@@ -227,10 +227,11 @@ def _slug(prompt: str) -> str:
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def models(verbose: bool) -> None:
     """List the embedded models: size on disk, parameters, measured scores, licence."""
-    from gigdiff.pretrained import EMBEDDED, card, folder_of, size_on_disk
+    from gigdiff.pretrained import EMBEDDED, UPSCALERS, card, folder_of, size_on_disk
 
     rows = [("name", "what", "on disk", "parameters", "licence", "scores")]
-    for name, what in EMBEDDED.items():
+    upscalers = {name: what for name, what in UPSCALERS.items() if card(folder_of(name))}
+    for name, what in (EMBEDDED | upscalers).items():
         folder = folder_of(name)
         about = card(folder)
         if not about:

@@ -72,7 +72,7 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Ima
     if "edit" in fields:
         raise InputError(
             f'"{path}" is an edit ({fields["edit"]}) of another picture ({fields.get("source_image", "?")}), '
-            "which is not in the file: run `gigdiff edit` on that picture with the settings that `gigdiff inspect` shows."
+            "which is not in the file: run `gigdiff edit` on it with the settings that `gigdiff inspect` shows."
         )
     if "\n" in fields["seed"]:
         raise InputError(f'"{path}" is a contact sheet of several pictures; draw one again from its own file.')

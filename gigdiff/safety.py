@@ -207,7 +207,8 @@ CELEBRITIES: tuple[str, ...] = (
     "David Beckham", "Deepika Padukone", "Donald Trump", "Drake", "Dwayne Johnson", "Elon Musk", "Emma Watson",
     "Gigi Hadid", "Jennifer Lopez", "Justin Bieber", "Kanye West", "Kate Moss", "Kate Middleton", "Katy Perry",
     "Keanu Reeves", "Kendall Jenner", "Kim Kardashian", "Kylie Jenner", "Lady Gaga", "LeBron James",
-    "Leonardo DiCaprio", "Lionel Messi", "Meghan Markle", "Michael Jordan", "Oprah Winfrey", "Priyanka Chopra", "Rihanna", "Roger Federer",
+    "Leonardo DiCaprio", "Lionel Messi", "Meghan Markle", "Michael Jordan", "Oprah Winfrey", "Priyanka Chopra",
+    "Rihanna", "Roger Federer",
     "Scarlett Johansson", "Selena Gomez", "Serena Williams", "Shah Rukh Khan", "Taylor Swift", "Tom Cruise",
     "Virat Kohli", "Zendaya",
 )  # fmt: skip

@@ -37,7 +37,7 @@ class ProductUpscaler(ModelMixin, ConfigMixin):
     def __init__(self, channels: int = 64, blocks: int = 10, scale: int = 4) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
+        self.body = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
         self.conv_out = nn.Conv2d(channels, 3 * scale**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ class ProductUpscaler(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.config["scale"]
         h = self.conv_in(x)
-        h = h + self.blocks(h)
+        h = h + self.body(h)
         detail = F.pixel_shuffle(self.conv_out(F.silu(h)), scale)
         return F.interpolate(x, scale_factor=scale, mode="bicubic") + detail
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,20 +22,18 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def script() -> object:
-    spec = importlib.util.spec_from_file_location("train_upscaler", ROOT / "training" / "train_upscaler.py")
+def script(name: str) -> object:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["train_upscaler"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def train() -> Callable[..., None]:
-    module = script()
+    module = script("train_upscaler")
 
     def call(out: Path, *flags: str) -> None:
         module.main(["--output_dir", str(out), *flags])  # type: ignore[attr-defined]
@@ -68,7 +67,8 @@ def flags(photos: tuple[Path, Path], tiny_model: Path) -> tuple[str, ...]:
         "--train_data_dir", str(photos[0]), "--small_data_dir", str(photos[1]),
         "--autoencoder", str(tiny_model / "vae"),
         "--height", "40", "--width", "32", "--crop", "16", "--channels", "8", "--blocks", "1",
-        "--train_batch_size", "4", "--mixed_precision", "no", "--lr_warmup_steps", "1", "--report_to", "none", "--learning_rate", "5e-3",
+        "--train_batch_size", "4", "--mixed_precision", "no", "--lr_warmup_steps", "1", "--report_to", "none",
+        "--learning_rate", "5e-3",
     )  # fmt: skip
 
 
@@ -124,8 +124,18 @@ def test_sharpening_goes_on_from_it_resumes_exactly_and_mixes(
     train(tmp_path / "b", *more, "--resume_from_checkpoint", "latest")
     assert log(tmp_path / "b") == lines
     folder = tmp_path / "packed"
-    shutil.copytree(first / "upscaler", folder / "fidelity")
-    shutil.copytree(tmp_path / "a" / "upscaler", folder / "sharp")
+    script("package_upscaler").main(  # type: ignore[attr-defined]
+        [
+            "--fidelity",
+            str(first / "upscaler"),
+            "--sharp",
+            str(tmp_path / "a" / "upscaler"),
+            "--output_dir",
+            str(folder),
+        ]
+    )
+    assert json.loads((folder / "gigdiff.json").read_text())["family"] == "upscaler"
+    assert "GFLOP" in (folder / "README.md").read_text()
     picture = np.random.default_rng(0).integers(0, 256, (1, 24, 16, 3), np.uint8)
     made = {f: load_upscaler(folder, f, "cpu")(picture).astype(int) for f in (0.0, 0.5, 1.0)}
     assert (made[1.0] == load_upscaler(folder / "fidelity", device="cpu")(picture)).all()
