@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from gigdiff import errors as errors
     from gigdiff.api import generate as generate
     from gigdiff.api import load as load
+    from gigdiff.editing import edit as edit
     from gigdiff.errors import GigdiffError as GigdiffError
     from gigdiff.generators.request import Capabilities as Capabilities
     from gigdiff.generators.request import GenerationRequest as GenerationRequest
     from gigdiff.generators.request import GenerationResult as GenerationResult
     from gigdiff.generators.request import ImageGenerator as ImageGenerator
     from gigdiff.products import Product as Product
+    from gigdiff.upscaling import upscale as upscale
 
 __version__ = "0.1.0"
 
@@ -31,9 +33,11 @@ _HOME = {
     "GigdiffError": "gigdiff.errors",
     "ImageGenerator": "gigdiff.generators.request",
     "Product": "gigdiff.products",
+    "edit": "gigdiff.editing",
     "errors": "gigdiff",
     "generate": "gigdiff.api",
     "load": "gigdiff.api",
+    "upscale": "gigdiff.upscaling",
 }
 
 __all__ = [
@@ -44,9 +48,11 @@ __all__ = [
     "ImageGenerator",
     "Product",
     "__version__",
+    "edit",
     "errors",
     "generate",
     "load",
+    "upscale",
 ]
 
 

@@ -28,7 +28,19 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["build_request", "draw_seed", "generate", "iter_results", "join_results", "load"]
+    from gigdiff.safety import Safety
+    from gigdiff.upscaling import Upscaler
+
+__all__ = [
+    "build_request",
+    "choose_upscaler",
+    "draw_seed",
+    "find_generator",
+    "generate",
+    "iter_results",
+    "join_results",
+    "load",
+]
 
 MAX_IMAGES = 10_000  # a prompt; a larger job is several calls
 # Pixels drawn at once unless told otherwise: 32 images of 80 x 64, two of 512 x 512, one of 1024 x 1024.
@@ -71,6 +83,9 @@ def generate(
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
     progress: bool = ...,
+    upscale: bool | str | None = ...,
+    fidelity: float | None = ...,
+    safety: Safety | None = ...,
     return_result: Literal[True],
 ) -> GenerationResult: ...
 
@@ -93,6 +108,9 @@ def generate(
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
     progress: bool = ...,
+    upscale: bool | str | None = ...,
+    fidelity: float | None = ...,
+    safety: Safety | None = ...,
     return_result: Literal[False] = ...,
 ) -> Image.Image | list[Image.Image]: ...
 
@@ -114,6 +132,9 @@ def generate(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
+    upscale: bool | str | None = None,
+    fidelity: float | None = None,
+    safety: Safety | None = None,
     return_result: bool = False,
 ) -> Image.Image | list[Image.Image] | GenerationResult:
     """Draws product photos.
@@ -138,6 +159,10 @@ def generate(
         batch_size: images drawn at once; None = as many as make about half a million pixels, at most 32.
         device: "cpu", "cuda", "mps"; None = the best there is. Not for a model that is loaded already.
         progress: a progress bar on stderr.
+        upscale: True enlarges four times, False gives the model's own size; a name or file chooses the upscaler. None
+            enlarges what gigdiff's own models draw, if the embedded upscaler is there.
+        fidelity: of upscaling, see `gigdiff.upscale`.
+        safety: prompt and image filters, see gigdiff.safety.
         return_result: return the GenerationResult (arrays, seeds, settings used) instead of PIL images.
 
     Returns:
@@ -147,6 +172,7 @@ def generate(
     Raises:
         InputError, CapabilityError: an argument; checked before a model is loaded as far as possible.
         ModelNotFoundError, ModelMismatchError: the model. NumericalError: NaN came out; nothing is returned.
+        BlockedError: a safety filter said no.
     """
     request = build_request(
         prompt,
@@ -161,7 +187,18 @@ def generate(
         lora_scale=lora_scale,
         truncation=truncation,
     )
-    parts = list(iter_results(request, model=model, batch_size=batch_size, device=device, progress=progress))
+    parts = list(
+        iter_results(
+            request,
+            model=model,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+            upscale=upscale,
+            fidelity=fidelity,
+            safety=safety,
+        )
+    )
     result = join_results(parts)
     if return_result:
         return result
@@ -238,6 +275,9 @@ def iter_results(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
+    upscale: bool | str | None = None,
+    fidelity: float | None = None,
+    safety: Safety | None = None,
 ) -> Iterator[GenerationResult]:
     """Draws a request batch by batch and gives each batch as soon as it is there, so that a caller can save it.
 
@@ -245,27 +285,85 @@ def iter_results(
     """
     if batch_size is not None:
         batch_size = check_integer("batch_size", batch_size, 1, MAX_IMAGES)
-    if isinstance(model, str | os.PathLike):
-        generator = _keep(os.fspath(model), None if device is None else str(device))
-    elif isinstance(model, ImageGenerator):
-        if device is not None:
-            raise InputError(f"device={str(device)!r} came with a loaded model; choose it in gigdiff.load(device=).")
-        generator = model
-    else:
-        raise InputError(
-            f"model is a {type(model).__name__}; give a name, a folder, a hub id, or what gigdiff.load returned."
-        )
+    notes = safety.check_prompts(request.prompts) if safety is not None else ()
+    generator = find_generator(model, device)
     request = validate(request, generator.capabilities, generator.name)
     if batch_size is None:
         assert request.height and request.width  # set by validate
         batch_size = max(1, min(32, PIXELS_PER_BATCH // (request.height * request.width)))
     weights = _weights(generator.folder)
+    upscaler = choose_upscaler(upscale, fidelity, generator, device)
+    extra = _lora_weights(request)
     with _Bar(len(request), progress) as report:
         for start in range(0, len(request), batch_size):
             part = request.part(start, start + batch_size)
             result = generator.generate(part, on_step=functools.partial(report, start, len(part)))
             report(start, len(part), 1, 1)
-            yield result if result.weights else replace(result, weights=weights)
+            result = replace(
+                result,
+                weights=result.weights or weights,
+                notes=tuple(dict.fromkeys((*result.notes, *notes))),
+                extra={**result.extra, **extra},
+            )
+            if upscaler is not None:
+                result = upscaler.enlarge(result)
+            if safety is not None:
+                result = safety.check_images(result)
+            yield result
+
+
+def find_generator(
+    model: str | os.PathLike[str] | ImageGenerator, device: str | torch.device | None = None
+) -> ImageGenerator:
+    """The generator itself, or the one of that name, loaded once.
+
+    Raises:
+        InputError: neither, or a device for a model that is loaded already.
+    """
+    if isinstance(model, str | os.PathLike):
+        return _keep(os.fspath(model), None if device is None else str(device))
+    if not isinstance(model, ImageGenerator):
+        raise InputError(
+            f"model is a {type(model).__name__}; give a name, a folder, a hub id, or what gigdiff.load returned."
+        )
+    if device is not None:
+        raise InputError(f"device={str(device)!r} came with a loaded model; choose it in gigdiff.load(device=).")
+    return model
+
+
+def choose_upscaler(
+    upscale: bool | str | None,
+    fidelity: float | None,
+    generator: ImageGenerator,
+    device: str | torch.device | None = None,
+) -> Upscaler | None:
+    """What enlarges this generator's images: what was asked for; by default the embedded upscaler, for our own models.
+
+    Raises:
+        InputError: a fidelity without upscaling, or out of range. ModelNotFoundError: no such upscaler.
+    """
+    from gigdiff.pretrained import UPSCALERS, folder_of
+
+    embedded = next(iter(UPSCALERS))
+    if upscale is None:
+        own = generator.folder is not None and (generator.folder / "gigdiff.json").is_file()
+        upscale = own and (folder_of(embedded) / "gigdiff.json").is_file()
+    if upscale is False:
+        if fidelity is not None:
+            raise InputError(f"fidelity={fidelity:g} is about upscaling, which is off; leave it out or turn that on.")
+        return None
+    from gigdiff.upscaling import keep_upscaler
+
+    name = embedded if upscale is True else os.fspath(upscale)
+    return keep_upscaler(name, 0.5 if fidelity is None else float(fidelity), None if device is None else str(device))
+
+
+def _lora_weights(request: GenerationRequest) -> dict[str, str]:
+    """The hashes of the request's LoRA files, one a line, as a field."""
+    from gigdiff.provenance import lora_hash
+
+    loras = (request.lora,) if isinstance(request.lora, str) else tuple(request.lora or ())
+    return {"lora_weights": "\n".join(lora_hash(name) for name in loras)} if loras else {}
 
 
 def draw_seed() -> int:

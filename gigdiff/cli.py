@@ -1,4 +1,4 @@
-"""The `gigdiff` command: generate, lora, models, doctor, bench, compare, eval.
+"""The `gigdiff` command: generate, lora, models, doctor, bench, compare, eval, and what cli_pictures.py adds.
 
 Results go to stdout, the progress bar and errors to stderr. A mistake is one line and exit status 1 (2 for an unknown
 option), with a traceback only under --verbose. torch is imported when a picture is drawn, not for `--help`.
@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 import gigdiff
+from gigdiff.cli_pictures import COMMANDS, parse_post, saving_options, signer_of
 from gigdiff.errors import GigdiffError, InputError, OutputError
 
 __all__ = ["main"]
@@ -70,7 +71,8 @@ def cli() -> None:
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True, help="Images of each prompt.")
 @click.option("--seed", type=int, help="Seed of the first image, the next has seed + 1. [default: drawn and reported]")
-@click.option("-o", "--output", default="out", show_default=True, help="Folder, or a .png file for a single image.")
+@click.option("-o", "--output", default="out", show_default=True, help="Folder, or a file for a single image.")
+@click.option("--format", "file_format", type=click.Choice(["png", "jpg", "webp"]), default="png", show_default=True)
 @click.option("--grid", is_flag=True, help="Also write a contact sheet.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("-m", "--model", default="mini", show_default=True, help="Embedded model, folder or hub id.")
@@ -84,7 +86,9 @@ def cli() -> None:
 @click.option(
     "--truncation", type=float, help="0 to 2, for GANs and VAEs; below 1 = more typical. [default: the model's]"
 )
+@saving_options
 @click.option("--batch-size", type=int, help="Images drawn at once. [default: by their size]")
+@click.option("--block-names", is_flag=True, help="Refuse prompts that name a known brand or celebrity.")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
@@ -107,6 +111,16 @@ def _generate(
     output: str,
     grid: bool,
     overwrite: bool,
+    file_format: str,
+    upscale: bool | None,
+    upscaler: str | None,
+    fidelity: float | None,
+    post: tuple[str, ...],
+    block_names: bool,
+    watermark: bool,
+    sign_cert: str | None,
+    sign_key: str | None,
+    sign_algorithm: str,
     model: str,
     steps: int | None,
     batch_size: int | None,
@@ -119,6 +133,13 @@ def _generate(
 
     scales = settings["lora_scale"]
     settings["lora_scale"] = scales if len(scales) > 1 else scales[0] if scales else 1.0
+    signer, steps_after, safety = signer_of(sign_cert, sign_key, sign_algorithm), parse_post(post), None
+    if block_names:
+        from gigdiff.safety import BRANDS, CELEBRITIES, Safety, blocklist
+
+        safety = Safety((blocklist(BRANDS, "brand"), blocklist(CELEBRITIES, "celebrity")))
+        safety.check_prompts(prompts)  # before a model is loaded
+
     request = build_request(
         list(prompts),
         num_images_per_prompt=num_images_per_prompt,
@@ -128,10 +149,11 @@ def _generate(
     )
 
     from gigdiff.images import check_writable, contact_sheet, save_image
-    from gigdiff.provenance import metadata, sheet_metadata
+    from gigdiff.postprocess import postprocess
+    from gigdiff.provenance import save, sheet_metadata
 
     # Before any time is spent: can every file be written?
-    paths = _file_names(output, request.prompts, request.seeds, num_images_per_prompt)
+    paths = _file_names(output, request.prompts, request.seeds, num_images_per_prompt, file_format)
     sheet = paths[0].with_name(f"{_slug(prompts[0])}-grid.png" if len(set(prompts)) == 1 else "grid.png")
     for path in [*paths, sheet] if grid else paths:
         check_writable(path, overwrite)
@@ -140,10 +162,22 @@ def _generate(
         click.echo(f"gigdiff: loading {model}", err=True)
     drawn: list[Any] = []
     results = []
-    for result in iter_results(request, model=model, batch_size=batch_size, device=device, progress=not quiet):
+    for result in iter_results(
+        request,
+        model=model,
+        batch_size=batch_size,
+        device=device,
+        progress=not quiet,
+        upscale=upscale if upscaler is None else upscaler,
+        fidelity=fidelity,
+        safety=safety,
+    ):
         results.append(result)
         for i, picture in enumerate(result.pictures()):
-            path = save_image(paths[len(drawn)], picture, metadata(result, i), overwrite)
+            if steps_after:
+                picture = postprocess(picture, steps_after)
+            target = paths[len(drawn)]
+            path = save(target, picture, picture.info, overwrite=overwrite, watermark=watermark, signer=signer)
             drawn.append(picture)
             _report(path, picture, result.seconds / len(result.images), result.model, f"seed {result.request.seeds[i]}")
     for note in dict.fromkeys(note for result in results for note in result.notes):
@@ -163,20 +197,22 @@ def _report(path: Path, picture: Any, seconds: float, model: str, last: str) -> 
     click.echo(f"{path}  {size}  {seconds:.2f} s  {model}  {last}")
 
 
-def _file_names(output: str, prompts: Sequence[str], seeds: Sequence[int], n: int) -> list[Path]:
+def _file_names(
+    output: str, prompts: Sequence[str], seeds: Sequence[int], n: int, file_format: str = "png"
+) -> list[Path]:
     """A path for each image; no two alike, even for prompts that differ in punctuation only."""
     folder = Path(output).expanduser()
-    if folder.suffix.lower() == ".png" and not folder.is_dir():
+    if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not folder.is_dir():
         if len(prompts) > 1:
             raise InputError(f'--output "{output}" is one file for {len(prompts)} images; give a folder.')
         return [folder]
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f'--output "{output}" is a file; give a folder, or a name that ends in .png.')
+        raise OutputError(f'--output "{output}" is a file; give a folder, or a name that ends in .png, .jpg or .webp.')
     names: dict[str, None] = {}
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         stem = _slug(prompt) + (f"-seed{seed}" if n > 1 else "")
         names[stem if stem not in names else f"{stem}-{i + 1}"] = None
-    return [folder / f"{name}.png" for name in names]
+    return [folder / f"{name}.{file_format}" for name in names]
 
 
 def _slug(prompt: str) -> str:
@@ -266,10 +302,11 @@ def inspect(file: str, as_json: bool, verbose: bool) -> None:
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def models(verbose: bool) -> None:
     """List the embedded models: size on disk, parameters, measured scores, licence."""
-    from gigdiff.pretrained import EMBEDDED, card, folder_of, size_on_disk
+    from gigdiff.pretrained import EMBEDDED, UPSCALERS, card, folder_of, size_on_disk
 
     rows = [("name", "what", "on disk", "parameters", "licence", "scores")]
-    for name, what in EMBEDDED.items():
+    upscalers = {name: what for name, what in UPSCALERS.items() if card(folder_of(name))}
+    for name, what in (EMBEDDED | upscalers).items():
         folder = folder_of(name)
         about = card(folder)
         if not about:
@@ -432,3 +469,7 @@ def _evaluate(
     if output is not None:
         path = Path(output)
         click.echo(str(write_report(report, path.parent, path.stem)), err=True)
+
+
+for command in COMMANDS:
+    cli.add_command(command)

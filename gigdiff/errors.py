@@ -7,6 +7,7 @@
     ├── ModelNotFoundError     no such model, or its weights are missing                 (also a FileNotFoundError)
     ├── ModelMismatchError     weights or checkpoint of another architecture
     ├── NumericalError         NaN or infinity in latents, loss or features              (also an ArithmeticError)
+    ├── BlockedError           a safety filter said no to a prompt or an image
     ├── OutputError            a file or folder that can't be written, or already exists (also an OSError)
     └── MissingDependencyError an optional package is needed; names the exact pip command (also an ImportError)
 
@@ -19,6 +20,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "BlockedError",
     "CapabilityError",
     "DataError",
     "GigdiffError",
@@ -58,6 +60,14 @@ class ModelMismatchError(GigdiffError):
 
 class NumericalError(GigdiffError, ArithmeticError):
     """NaN or infinity where finite numbers were expected."""
+
+
+class BlockedError(GigdiffError):
+    """A safety filter said no; `verdict` is what it said."""
+
+    def __init__(self, message: str, verdict: object = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class OutputError(GigdiffError, OSError):

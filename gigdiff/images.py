@@ -19,12 +19,29 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from gigdiff import xmp
 from gigdiff.errors import InputError, NumericalError, OutputError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_writable", "contact_sheet", "fit_image", "save_image", "to_model", "to_pil", "to_rgb", "to_uint8"]
+__all__ = [
+    "FORMATS",
+    "XMP_KEYWORD",
+    "check_writable",
+    "contact_sheet",
+    "fit_image",
+    "fitted_box",
+    "save_image",
+    "to_model",
+    "to_pil",
+    "to_rgb",
+    "to_uint8",
+]
+
+#: What is written, by the file name's end.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+XMP_KEYWORD = "XML:com.adobe.xmp"  # where the PNG and XMP specifications put the packet in a PNG
 
 WHITE = (255, 255, 255)
 
@@ -65,15 +82,25 @@ def fit_image(image: Image.Image, height: int, width: int) -> np.ndarray:
     if height < 1 or width < 1:
         raise InputError(f"fit_image got height={height}, width={width}; both must be at least 1.")
     image = to_rgb(image)
-    scale = min(height / image.height, width / image.width)
-    if not 1.0 <= scale < RESAMPLE_FROM:
-        size = (max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    left, top, right, bottom = fitted_box(image.size, height, width)
+    if image.size != (right - left, bottom - top):
+        image = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, reducing_gap=3.0)
     if image.size == (width, height):
         return np.array(image, dtype=np.uint8)
     frame = Image.new("RGB", (width, height), WHITE)
-    frame.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    frame.paste(image, (left, top))
     return np.array(frame, dtype=np.uint8)
+
+
+def fitted_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Where `fit_image` puts a picture of `size` (width, height): (left, top, right, bottom) inside the frame."""
+    scale = min(height / size[1], width / size[0])
+    if 1.0 <= scale < RESAMPLE_FROM:
+        inner = size
+    else:
+        inner = (max(1, min(width, round(size[0] * scale))), max(1, min(height, round(size[1] * scale))))
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    return left, top, left + inner[0], top + inner[1]
 
 
 def to_model(images: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -177,15 +204,15 @@ def _wrap(text: str, width: int, font: Any, max_lines: int = 2) -> list[str]:
 def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Raises now what `save_image` would raise later, so that no time is spent on a picture that can't be saved.
 
-    Makes the parent folder. Only .png is written so far.
+    Makes the parent folder.
 
     Raises:
-        InputError: another file type.
+        InputError: a file type that is not in FORMATS.
         OutputError: the file exists and `overwrite` is off, or the folder can't be made or written to.
     """
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise InputError(f'can\'t save "{path}": only .png is written in this version; end the name in .png.')
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f'can\'t save "{path}": the name must end in one of {", ".join(FORMATS)}.')
     try:
         if path.is_dir():
             raise OutputError(f'"{path}" is a folder; name a file to write.')
@@ -209,31 +236,71 @@ def save_image(
     image: Image.Image | np.ndarray,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    quality: int = 92,
 ) -> Path:
-    """Writes a PNG with text chunks, under a temporary name first, so that a file of that name is always whole.
+    """Writes a PNG, JPEG or WebP with its metadata, under a temporary name first, so that such a file is always whole.
+
+    Every format carries the fields as one XMP packet. A PNG has each as an iTXt chunk too; JPEG and WebP have the
+    prompt and settings as EXIF's UserComment, where other image generators put them. A JPEG holds 64 kB of XMP; longer
+    fields are cut and named in "cut".
 
     Args:
-        path: ends in .png; its folder is made where missing.
+        path: ends in .png, .jpg, .jpeg or .webp; its folder is made where missing.
         image: PIL image or uint8 (H, W, 3).
-        metadata: keyword -> text, stored as UTF-8 iTXt chunks (`gigdiff.provenance` makes them).
+        metadata: field -> text (`gigdiff.provenance` makes them).
         overwrite: replace an existing file.
+        quality: of JPEG (without colour subsampling, which blurs coloured edges) and WebP, 1 to 100.
 
     Raises:
         InputError, OutputError: as `check_writable`; OutputError also when the disk is full.
     """
     path = check_writable(path, overwrite)
-    info = PngInfo()
-    for keyword, text in (metadata or {}).items():
-        info.add_itxt(keyword, text)
+    if not 1 <= quality <= 100:
+        raise InputError(f"quality={quality} is out of range; allowed are 1 to 100.")
     picture = image if isinstance(image, Image.Image) else to_pil(image)
+    form = FORMATS[path.suffix.lower()]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
             with open(temporary, "wb") as file:
-                picture.save(file, format="PNG", pnginfo=info)
+                picture.save(file, format=form, **_options(form, dict(metadata or {}), quality))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f'can\'t write "{path}": {error.strerror or error}.') from error
     return path
+
+
+def _options(form: str, fields: dict[str, str], quality: int) -> dict[str, Any]:
+    """Pillow's keywords for saving: compression and metadata."""
+    packet = fields.pop(XMP_KEYWORD, None)
+    if form == "PNG":
+        info = PngInfo()
+        for keyword, text in fields.items():
+            info.add_itxt(keyword, text)
+        if packet is not None:
+            info.add_itxt(XMP_KEYWORD, packet)
+        return {"pnginfo": info}
+    options: dict[str, Any] = {"quality": quality}
+    options |= {"subsampling": 0, "optimize": True} if form == "JPEG" else {"method": 4}
+    if packet is None and fields:
+        packet = xmp.packet(fields)
+    if packet is not None:
+        if form == "JPEG" and len(packet.encode()) > xmp.JPEG_LIMIT:
+            packet = xmp.packet(xmp.shortened(fields))
+        options["xmp"] = packet.encode()
+    if fields:
+        options["exif"] = _exif(fields)
+    return options
+
+
+def _exif(fields: Mapping[str, str]) -> bytes:
+    """EXIF with Software and, in UserComment, prompt and settings in the layout that other generators settled on."""
+    exif = Image.Exif()
+    exif[0x0131] = fields.get("Software", "gigdiff")
+    settings = ", ".join(f"{key}: {text}" for key, text in fields.items() if key not in ("prompt", "negative_prompt"))
+    lines = [fields.get("prompt", ""), f"Negative prompt: {fields.get('negative_prompt', '')}", settings]
+    comment = "\n".join(lines)[:10_000]  # a segment holds 64 kB; the packet has the whole text
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + comment.encode("utf-16-be", errors="replace")
+    return exif.tobytes()

@@ -1,25 +1,46 @@
 """What a saved picture says about itself: prompt, seed, model, settings, and that a trained model made it.
 
-PNG only so far: one text chunk a field, and an XMP packet with IPTC's DigitalSourceType, which is what shops, search
-engines and photo tools read to tell a generated picture from a photo.
+    pixels -> invisible watermark -> metadata -> C2PA signature
+
+in this order, because each covers what came before; `save` keeps to it. The metadata are text fields and an XMP packet
+with IPTC's DigitalSourceType, which is what shops, search engines and photo tools read to tell a generated picture from
+a photo (see gigdiff.xmp).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape
 
 import gigdiff
+from gigdiff import xmp
+from gigdiff.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from gigdiff.generators.request import GenerationResult
+    from gigdiff.signing import Signer
 
-__all__ = ["DIGITAL_SOURCE_TYPE", "XMP_KEYWORD", "metadata", "read", "sheet_metadata", "weights_hash"]
+__all__ = [
+    "DIGITAL_SOURCE_TYPE",
+    "XMP_KEYWORD",
+    "complete",
+    "lora_hash",
+    "metadata",
+    "pixel_hash",
+    "read",
+    "save",
+    "sheet_metadata",
+    "weights_hash",
+]
 
-DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+DIGITAL_SOURCE_TYPE = xmp.GENERATED
 XMP_KEYWORD = "XML:com.adobe.xmp"  # where the PNG and XMP specifications put the packet
 
 
@@ -33,7 +54,7 @@ def metadata(result: GenerationResult, index: int) -> dict[str, str]:
         "seed": str(request.seeds[index]),
         **_shared(result),
     }
-    return {key: text for key, text in fields.items() if text} | {XMP_KEYWORD: _xmp()}
+    return complete(fields)
 
 
 def sheet_metadata(result: GenerationResult) -> dict[str, str]:
@@ -45,7 +66,17 @@ def sheet_metadata(result: GenerationResult) -> dict[str, str]:
         "seed": "\n".join(map(str, dict.fromkeys(request.seeds))),
         **_shared(result),
     }
-    return {key: text for key, text in fields.items() if text} | {XMP_KEYWORD: _xmp()}
+    return complete(fields)
+
+
+def complete(fields: Mapping[str, str]) -> dict[str, str]:
+    """The fields that are not empty, under gigdiff's name, with the XMP packet that holds them.
+
+    A field "edit" says that the picture was made from one that was given: the packet then says composite.
+    """
+    named = {"Software": f"gigdiff {gigdiff.__version__}"} | dict(fields)
+    filled = {key: text for key, text in named.items() if text and key != XMP_KEYWORD}
+    return filled | {XMP_KEYWORD: xmp.packet(filled)}
 
 
 def _shared(result: GenerationResult) -> dict[str, str]:
@@ -53,21 +84,92 @@ def _shared(result: GenerationResult) -> dict[str, str]:
     return {
         "model": result.model,
         "weights": result.weights,
+        "height": str(request.height or ""),
+        "width": str(request.width or ""),
         "num_inference_steps": str(request.num_inference_steps or ""),
         "guidance_scale": "" if request.guidance_scale is None else f"{request.guidance_scale:g}",
         "truncation": "" if request.truncation is None else f"{request.truncation:g}",
         "lora": "\n".join(f"{lora} at {scale:g}" for lora, scale in request.adapters()),
         "notes": "\n".join(result.notes),
+        **result.extra,
     }
 
 
-def read(path: str | Path) -> dict[str, str]:
-    """The text fields of a PNG file, XMP packet included."""
+def save(
+    path: str | os.PathLike[str],
+    image: Image.Image | np.ndarray,
+    fields: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    quality: int = 92,
+    watermark: bool = False,
+    signer: Signer | None = None,
+) -> Path:
+    """Writes a picture with its metadata, watermarked and signed where asked for, in the order above.
+
+    Args:
+        path, overwrite, quality: as `gigdiff.images.save_image`.
+        image: the finished pixels, post-processing done: what comes after would harm watermark and signature.
+        fields: `metadata(result, i)`, or a picture's `.info`.
+        watermark: put the invisible mark in (gigdiff.watermark).
+        signer: signs the finished file (gigdiff.signing).
+
+    Raises:
+        InputError, OutputError: as `save_image`. MissingDependencyError: signing without c2pa-python.
+    """
+    from gigdiff.images import check_writable, save_image
+
+    path = check_writable(path, overwrite)
+    texts = {key: text for key, text in fields.items() if isinstance(text, str)}
+    if watermark:
+        from gigdiff.watermark import SCHEME, embed
+
+        image, texts["watermark"] = embed(image), SCHEME
+    texts = complete(texts)
+    if signer is None:
+        return save_image(path, image, texts, overwrite, quality)
+    from gigdiff.signing import sign_file
+
+    unsigned = path.with_name(f".{path.stem}.{os.getpid()}.unsigned{path.suffix}")
+    try:
+        save_image(unsigned, image, texts, overwrite=True, quality=quality)
+        return sign_file(unsigned, path, signer, edited="edit" in texts)
+    finally:
+        unsigned.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text fields of a PNG, JPEG or WebP file, its XMP packet (anybody's) under XMP_KEYWORD.
+
+    Raises:
+        DataError: it is not a whole picture of a format that Pillow reads.
+    """
     from PIL import Image
 
-    with Image.open(path) as image:
-        image.load()  # chunks may follow the pixels
-        return {key: str(text) for key, text in getattr(image, "text", {}).items()}
+    try:
+        with Image.open(path) as image:
+            image.load()  # a PNG's chunks may follow the pixels
+            fields = {key: str(text) for key, text in getattr(image, "text", {}).items()}
+            packet = image.info.get("xmp")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f'"{path}" can\'t be read as a picture: {error}') from error
+    if packet and XMP_KEYWORD not in fields:
+        text = packet.decode("utf-8", errors="replace") if isinstance(packet, bytes) else str(packet)
+        fields = xmp.parse(text) | fields | {XMP_KEYWORD: text}
+    return fields
+
+
+def pixel_hash(image: np.ndarray) -> str:
+    """A short hash (16 hex digits) of uint8 pixels and their shape: which picture an edit began with."""
+    return hashlib.sha256(f"{image.shape}|".encode() + image.tobytes()).hexdigest()[:16]
+
+
+def lora_hash(name: str) -> str:
+    """A short hash of a LoRA file or folder; "" for a hub id, whose files are the hub's."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file_hash(path)[:16]
+    return weights_hash(path) if path.is_dir() else ""
 
 
 def weights_hash(folder: Path | None) -> str:
@@ -90,17 +192,3 @@ def _file_hash(path: Path) -> str:
         return blob
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _xmp() -> str:
-    """The XMP packet: made by a trained model, with gigdiff."""
-    tool = escape(f"gigdiff {gigdiff.__version__}")
-    return (
-        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" '
-        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
-        f"<xmp:CreatorTool>{tool}</xmp:CreatorTool>"
-        f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
-        '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
-    )

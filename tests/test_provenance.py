@@ -33,6 +33,8 @@ def test_a_saved_file_says_how_it_was_made(result: GenerationResult, tmp_path: P
         "seed": "7",
         "model": "mini",
         "weights": "0123456789abcdef",
+        "height": "8",
+        "width": "8",
         "num_inference_steps": "20",
         "guidance_scale": "2.5",
         "notes": "cut: ...",

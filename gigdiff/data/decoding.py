@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from gigdiff.errors import DataError
 
-__all__ = ["MAX_IMAGE_PIXELS", "decode_image"]
+__all__ = ["MAX_IMAGE_PIXELS", "decode_image", "to_rgb"]
 
 #: 50 megapixels: more than any shop photo, and 150 MB once decoded.
 MAX_IMAGE_PIXELS = 50_000_000
@@ -52,10 +52,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
         ) from error
     with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels: leave them as they are
         image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    return to_rgb(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB on white in sRGB, from any mode, by the embedded colour profile where there is one. Not turned upright."""
     if image.mode in _DEEP_MODES:
         image = _to_eight_bits(image)
     if image.has_transparency_data:

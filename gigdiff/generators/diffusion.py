@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gigdiff.attention import set_attention
 from gigdiff.diffusion import guided
-from gigdiff.errors import ModelMismatchError, ModelNotFoundError, NumericalError
-from gigdiff.generators.request import Capabilities, GenerationRequest, GenerationResult, validate
-from gigdiff.images import to_model, to_uint8
+from gigdiff.errors import CapabilityError, ModelMismatchError, ModelNotFoundError, NumericalError
+from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
+from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
@@ -104,6 +104,8 @@ class DiffusionGenerator:
             size_range=(height // 2 // 8 * 8, max(height, width) * 4),
             guidance=True,
             negative_prompt=True,
+            image_to_image=True,
+            inpaint=True,
             lora=True,
         )
 
@@ -170,6 +172,18 @@ class DiffusionGenerator:
         Raises:
             InputError, CapabilityError: the request. NumericalError: NaN or infinity in the latents.
         """
+        return self._draw(request, None, on_step)
+
+    def edit(self, request: GenerationRequest, start: EditStart, *, on_step: OnStep | None = None) -> GenerationResult:
+        """Draw the request's images from pictures instead of from noise; errors as `generate`.
+
+        Noise of the level at which the remaining steps begin is added to the pictures' latents (SDEdit, Meng et al.
+        2021, arXiv 2108.01073). With a mask, what is kept is put back after each step, with that step's noise (RePaint,
+        Lugmayr et al. 2022, arXiv 2201.09865, eq. 8), in blocks of 8 x 8 pixels: the caller pastes the exact pixels.
+        """
+        return self._draw(request, start, on_step)
+
+    def _draw(self, request: GenerationRequest, edit: EditStart | None, on_step: OnStep | None) -> GenerationResult:
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
         notes = list(self.slots.use(*_loras(request)))
@@ -184,7 +198,7 @@ class DiffusionGenerator:
                 def report(done: int, total: int, offset: int = offset, count: int = len(part)) -> None:
                     on_step(offset * total + done * count, total * len(request))
 
-            latents, cut = self._denoise(part, report)
+            latents, cut = self._denoise(part, report, edit and edit.part(start, start + at_once))
             parts.append(self._decode(latents))
             notes += cut
         return GenerationResult(
@@ -227,7 +241,9 @@ class DiffusionGenerator:
         return torch.cat([embedded[text].condition() for text in texts]).to(self.device), notes
 
     @torch.no_grad()
-    def _denoise(self, request: GenerationRequest, on_step: OnStep | None) -> tuple[Tensor, list[str]]:
+    def _denoise(
+        self, request: GenerationRequest, on_step: OnStep | None, edit: EditStart | None = None
+    ) -> tuple[Tensor, list[str]]:
         """The sampling loop: latents (N, C, H/8, W/8), and notes."""
         assert request.height and request.width and request.num_inference_steps and request.guidance_scale is not None
         scale, (low, high) = request.guidance_scale, self.guidance_interval
@@ -240,26 +256,47 @@ class DiffusionGenerator:
         shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
         # The same draw as a stock diffusers pipeline given a list of CPU generators.
         noise = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in request.seeds]
-        latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
+        drawn = torch.stack(noise).to(self.device)
         alphas = scheduler.alphas_cumprod
+        timesteps, repeats, mask = scheduler.timesteps, 1, None
+        if edit is None:
+            latents = drawn * scheduler.init_noise_sigma
+        else:
+            first = edit.first_step(len(timesteps))
+            timesteps = timesteps[first:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(first)
+            known = self._encode(edit.images)
+            latents = _noised(known, drawn, _alpha(alphas, timesteps[0]), scheduler)
+            if edit.mask is not None:
+                mask = _latent_mask(edit.mask).to(self.device)
+                repeats = edit.num_resample_steps
         # A stochastic scheduler (LCM, ancestral) draws more noise on the way, again from each image's own generator.
         own = [torch.Generator("cpu").manual_seed(seed ^ 0x5EED) for seed in request.seeds]
         extra = {"generator": own} if "generator" in inspect.signature(scheduler.step).parameters else {}
         with self._autocast():
-            for done, t in enumerate(scheduler.timesteps, 1):
-                # alphas_cumprod is indexed by whole timesteps; solvers on Karras sigmas give fractions
-                a = float(alphas[round(float(t))])
+            for done, t in enumerate(timesteps, 1):
+                a = _alpha(alphas, t)
+                after = _alpha(alphas, timesteps[done]) if done < len(timesteps) else 1.0
                 use_guidance = scale != 1.0 and low <= ((1 - a) / a) ** 0.5 <= high
-                z = scheduler.scale_model_input(latents, t)
-                if use_guidance:
-                    both = self._unet(torch.cat([z, z]), t, torch.cat([negative, condition]))
-                    unconditional, conditional = both.chunk(2)
-                    output = guided(unconditional, conditional, scale)
-                else:
-                    output = self._unet(z, t, condition)
-                latents = scheduler.step(output, t, latents, return_dict=False, **extra)[0]
+                for left in reversed(range(repeats)):
+                    solver = copy.deepcopy(scheduler) if left else scheduler  # a repeated step leaves no trace in it
+                    z = solver.scale_model_input(latents, t)
+                    if use_guidance:
+                        both = self._unet(torch.cat([z, z]), t, torch.cat([negative, condition]))
+                        unconditional, conditional = both.chunk(2)
+                        output = guided(unconditional, conditional, scale)
+                    else:
+                        output = self._unet(z, t, condition)
+                    stepped = solver.step(output, t, latents, return_dict=False, **extra)[0]
+                    if mask is not None:
+                        stepped = mask * stepped + (1 - mask) * _noised(known, drawn, after, scheduler)
+                    if left:  # back to the level before the step (RePaint's algorithm 1, line 9)
+                        fresh = torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
+                        stepped = _renoised(stepped, fresh, a, after, scheduler)
+                    latents = stepped
                 if on_step is not None:
-                    on_step(done, len(scheduler.timesteps))
+                    on_step(done, len(timesteps))
         if not torch.isfinite(latents).all():
             raise NumericalError(
                 f"{self.name} gave NaN or infinite latents (dtype {self.dtype}, guidance_scale {scale:g}"
@@ -273,10 +310,43 @@ class DiffusionGenerator:
         return self.unet(z, t.to(z.device), encoder_hidden_states=condition, return_dict=False)[0].float()
 
     @torch.no_grad()
+    def _encode(self, images: np.ndarray) -> Tensor:
+        with self._autocast():
+            pixels = to_model(images).to(self.device).contiguous(memory_format=torch.channels_last)
+            return self.vae.encode(pixels).latent_dist.mode().float()  # type: ignore[union-attr]
+
+    @torch.no_grad()
     def _decode(self, latents: Tensor) -> np.ndarray:
         with self._autocast():
             pixels = self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
         return to_uint8(pixels.float().cpu())
+
+
+def _alpha(alphas: Tensor, t: Tensor) -> float:
+    """alphas_cumprod at t. It is indexed by whole timesteps; solvers on Karras sigmas give fractions."""
+    return float(alphas[round(float(t))])
+
+
+def _noised(x: Tensor, noise: Tensor, a: float, scheduler: Any) -> Tensor:
+    """x at the noise level of alphas_cumprod = a, in the scheduler's own scaling (Euler's solvers leave x unscaled)."""
+    if float(scheduler.init_noise_sigma) != 1.0:
+        return x + ((1 - a) / a) ** 0.5 * noise
+    return a**0.5 * x + (1 - a) ** 0.5 * noise
+
+
+def _renoised(z: Tensor, noise: Tensor, a: float, after: float, scheduler: Any) -> Tensor:
+    """From the level of alphas_cumprod = after back to that of a: a draw of q(z_a | z_after), in the same scaling."""
+    if float(scheduler.init_noise_sigma) != 1.0:
+        return z + ((1 - a) / a - (1 - after) / after) ** 0.5 * noise
+    return (a / after) ** 0.5 * z + (1 - a / after) ** 0.5 * noise
+
+
+def _latent_mask(mask: np.ndarray) -> Tensor:
+    """bool (H, W) -> float (1, 1, H/8, W/8), 1 where any of the 8 x 8 pixels is to be drawn anew."""
+    height, width = mask.shape
+    blocks = mask.reshape(height // 8, 8, width // 8, 8).any(axis=(1, 3))
+    return torch.from_numpy(blocks).float()[None, None]
+
 
 
 class PipelineGenerator:
@@ -302,6 +372,9 @@ class PipelineGenerator:
             size_multiple=max(8, scale),
             guidance=guidance is not None,
             negative_prompt=has_negative,
+            # diffusers says whether it has such a pipeline when asked for one; that costs an import of them all.
+            image_to_image=True,
+            inpaint=True,
             lora=hasattr(pipeline, "load_lora_weights"),
         )
         names = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -335,30 +408,48 @@ class PipelineGenerator:
         Raises:
             NumericalError: NaN came out, or the pipeline's own safety checker blacked an image out.
         """
+        return self._draw(request, None, on_step)
+
+    def edit(self, request: GenerationRequest, start: EditStart, *, on_step: OnStep | None = None) -> GenerationResult:
+        """Draw from pictures by diffusers' own image-to-image or inpainting pipeline over the same weights.
+
+        Raises:
+            CapabilityError: diffusers has none for this kind of model. Else as `generate`.
+        """
+        return self._draw(request, start, on_step)
+
+    def _draw(self, request: GenerationRequest, edit: EditStart | None, on_step: OnStep | None) -> GenerationResult:
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
         notes = self.slots.use(*_loras(request))
+        pipeline = self.pipeline if edit is None else self._editing(edit)
+        parameters = inspect.signature(pipeline.__call__).parameters
         arguments: dict[str, Any] = {
             **self._prompts(request),
-            "height": request.height,
-            "width": request.width,
             "num_inference_steps": request.num_inference_steps,
             "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
             "output_type": "pt",
         }
+        if "height" in parameters:
+            arguments |= {"height": request.height, "width": request.width}
+        if edit is not None:
+            arguments |= {"image": [to_pil(image) for image in edit.images], "strength": edit.strength}
+        if edit is not None and edit.mask is not None:
+            arguments["mask_image"] = [to_pil(np.repeat(edit.mask[..., None] * np.uint8(255), 3, 2))] * len(request)
         if self.capabilities.guidance:
             arguments["guidance_scale"] = request.guidance_scale
         if self.capabilities.negative_prompt and request.negative_prompts is not None:
             arguments["negative_prompt"] = list(request.negative_prompts)
-        if on_step is not None and "callback_on_step_end" in self._parameters:
+        if on_step is not None and "callback_on_step_end" in parameters:
             total = request.num_inference_steps or 1
+            total -= edit.first_step(total) if edit is not None else 0
 
             def report(_pipeline: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
                 on_step(step + 1, total)
                 return kwargs
 
             arguments["callback_on_step_end"] = report
-        output = self.pipeline(**arguments)
+        output = pipeline(**arguments)
         blocked = [i for i, hit in enumerate(getattr(output, "nsfw_content_detected", None) or []) if hit]
         if blocked:
             raise NumericalError(
@@ -421,6 +512,21 @@ class PipelineGenerator:
                 setattr(self.pipeline, part, None)
                 self.slots.parts.pop(part, None)
         self.pipeline.vae.encoder = torch.nn.Identity()
+
+    def _editing(self, edit: EditStart) -> Any:
+        """diffusers' pipeline for edits with or without a mask, sharing this one's parts."""
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+        family = AutoPipelineForImage2Image if edit.mask is None else AutoPipelineForInpainting
+        try:
+            pipeline = family.from_pipe(self.pipeline)
+        except ValueError as error:
+            raise CapabilityError(
+                f"{self.name} is a {type(self.pipeline).__name__}, for which diffusers has no "
+                f"{'image-to-image' if edit.mask is None else 'inpainting'} pipeline; take another model, such as mini."
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def _cut(self, prompts: tuple[str, ...]) -> Iterator[str]:
         """A note for each prompt that the pipeline's own tokenizer cuts: diffusers only logs it."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ __all__ = [
     "MAX_SIZE",
     "MAX_STEPS",
     "Capabilities",
+    "EditStart",
     "GenerationRequest",
     "GenerationResult",
     "ImageGenerator",
@@ -160,6 +161,41 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class EditStart:
+    """The pictures that an edit begins with, beside its request.
+
+    Attributes:
+        images: uint8 (N, height, width, 3), one for each image of the request, of the request's size.
+        strength: above 0, up to 1: the share of the denoising steps that are done. 1 keeps next to nothing.
+        mask: bool (height, width), True where to draw anew, or None: everywhere.
+        num_resample_steps: with a mask, how often each step is done (RePaint's resampling, arXiv 2201.09865): more
+            makes what is drawn fit better to what is kept, at that many times the cost.
+
+    Raises:
+        InputError: a strength or count out of its range.
+    """
+
+    images: np.ndarray
+    strength: float
+    mask: np.ndarray | None = None
+    num_resample_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("strength", self.strength, 0.0, 1.0, "1 keeps next to nothing of the picture")
+        if self.strength <= 0:
+            raise InputError("strength=0 would change nothing; give more than 0, up to 1.")
+        check_integer("num_resample_steps", self.num_resample_steps, 1, 50)
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """The step (from 0) that an edit begins with, as diffusers counts: the last `strength` of them are done."""
+        return num_inference_steps - max(1, min(num_inference_steps, int(num_inference_steps * self.strength)))
+
+    def part(self, start: int, stop: int) -> EditStart:
+        """Images start to stop of it."""
+        return replace(self, images=self.images[start:stop])
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """What came out.
 
@@ -170,6 +206,7 @@ class GenerationResult:
         seconds: wall-clock time of `generate`, loading not included.
         notes: what the user should know, such as the part of a long prompt that was left out.
         weights: short hash of the weights files, "" where unknown.
+        extra: further fields for the saved file: what was done to the images after they were drawn.
     """
 
     images: np.ndarray
@@ -178,6 +215,7 @@ class GenerationResult:
     seconds: float
     notes: tuple[str, ...] = ()
     weights: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     def pictures(self) -> list[Image.Image]:
         """The images as PIL, each with its prompt, seed, model and settings in `.info` (see `gigdiff.provenance`)."""

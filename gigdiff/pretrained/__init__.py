@@ -15,11 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EMBEDDED", "card", "folder_of", "size_on_disk"]
+__all__ = ["EMBEDDED", "UPSCALERS", "card", "folder_of", "size_on_disk"]
 
 #: name -> what it is, in a line
 EMBEDDED: dict[str, str] = {
     "mini": "latent diffusion, 80 x 64 (height x width)",
+}
+
+
+#: The same for upscalers, which enlarge pictures and draw none; the first is the default.
+UPSCALERS: dict[str, str] = {
+    "mini-upscaler": "super-resolution, 4x",
 }
 
 
