@@ -56,7 +56,18 @@ from gigdiff.prompt_sets import PHOTO_SETS, PROMPT_SETS, Asked
 from gigdiff.provenance import weights_hash
 from gigdiff.speed import load_average
 
-__all__ = ["BENCHMARK_VERSION", "BenchmarkConfig", "Scenario", "pareto_front", "run_benchmark", "seed_interval", "slug"]
+__all__ = [
+    "BENCHMARK_VERSION",
+    "GRID_PROMPTS",
+    "BenchmarkConfig",
+    "Scenario",
+    "over_seeds",
+    "pareto_front",
+    "run_benchmark",
+    "seed_interval",
+    "slug",
+    "summarise_speed",
+]
 
 BENCHMARK_VERSION = 1
 GRID_PROMPTS = (
