@@ -41,30 +41,22 @@ def main() -> None:
     named = {name: srgb_to_lab(torch.tensor(rgb).double()).numpy() for name, rgb in COLOUR_RGB.items()}
     for where, weights in (("everywhere", torch.ones_like(centre)), ("near the centre", centre)):
         weight = ((foreground_weights(lab) + LEAST_WEIGHT) * weights).double().numpy()
+        pixels = list(zip(lab.double().numpy(), weight, strict=True))
         for quantile in (None, *QUANTILES):
-
-            def value(i: int, colour: str | None, quantile: float | None = quantile, weight: np.ndarray =
-           
-           
-           
-           
-           
-           
-           
-           
-            weight)
-            -> float:
-                x, wanted = lab[i].double().numpy(), named[str(colour)]
-                if quantile is None:
-                    middle = np.array([weighted_quantile(x[:, axis], weight[i], 0.5) for axis in range(3)])
-                    return float(ciede2000(middle, wanted))
-                return weighted_quantile(ciede2000(x, wanted), weight[i], quantile)
-
-            own = np.array([value(i, colours[i]) for i in kept])
-            other = np.array([value(i, colours[j]) for i, j in zip(kept, others, strict=True)])
+            own = np.array([difference(*pixels[i], named[str(colours[i])], quantile) for i in kept])
+            other = np.array(
+                [difference(*pixels[i], named[str(colours[j])], quantile) for i, j in zip(kept, others, strict=True)]
+            )
             what = "difference of the median colour" if quantile is None else f"{quantile} quantile of differences"
             nearer = (own[:, None] < other[None]).mean()
             print(f"{what}, {where}: {nearer:.3f} of pairs; mean {own.mean():.1f} own, {other.mean():.1f} other")
+
+
+def difference(lab: np.ndarray, weights: np.ndarray, wanted: np.ndarray, quantile: float | None) -> float:
+    """A photo's pixels (P, 3) with weights (P,) against a colour (3,): of the median colour, or a quantile over pixels."""
+    if quantile is None:
+        return float(ciede2000(np.array([weighted_quantile(axis, weights, 0.5) for axis in lab.T]), wanted))
+    return weighted_quantile(ciede2000(lab, wanted), weights, quantile)
 
 
 def weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float) -> float:
