@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def difference(lab: np.ndarray, weights: np.ndarray, wanted: np.ndarray, quantile: float | None) -> float:
-    """A photo's pixels (P, 3) with weights (P,) against a colour (3,): of the median colour, or a quantile over pixels."""
+    """Of a photo's pixels (P, 3), weights (P,), to a colour (3,): that of the median colour, or a quantile of all."""
     if quantile is None:
         return float(ciede2000(np.array([weighted_quantile(axis, weights, 0.5) for axis in lab.T]), wanted))
     return weighted_quantile(ciede2000(lab, wanted), weights, quantile)

@@ -378,7 +378,7 @@ def notes(result: Mapping[str, Any], prompts: str) -> list[str]:
 def speed_table(result: Mapping[str, Any]) -> Table:
     """Throughput at each batch size, latency, cold start, memory."""
     measured = [row for row in result["rows"] if row["speed"] and "best" in row["speed"]]
-    sizes = sorted({int(size) for row in measured for size in row["speed"]["throughput"]})
+    sizes = sorted({int(size) for row in measured for size in (*row["speed"]["throughput"], *row["speed"]["failed"])})
     header = ["row", *(f"images/s, batch {size}" for size in sizes), "latency p50", "p95", "p99", "first image, cold",
               "host memory", "CUDA memory"]  # fmt: skip
     table = []
