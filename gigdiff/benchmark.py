@@ -225,8 +225,8 @@ def run_benchmark(
         "extractor": reference.extractor.name,
         "resize": reference.extractor.resize,
         "data": reference.source,
-        "height": reference.images.shape[1],
-        "width": reference.images.shape[2],
+        "height": reference.size[0],
+        "width": reference.size[1],
         "environment": environment(load_before),
         "rows": rows,
     })  # fmt: skip
@@ -258,7 +258,7 @@ class _Bench:
         self.config, self.reference, self.output, self.log = config, reference, output, log
         self.counts = {"made": 0, "kept": 0}
         self._loaded: tuple[Scenario, ImageGenerator] | None = None
-        self._drawing = {"code": _code(DRAWING_CODE), "versions": _libraries(), "size": reference.images.shape[1:3]}
+        self._drawing = {"code": _code(DRAWING_CODE), "versions": _libraries(), "size": reference.size}
         # What scores depend on besides the images: the photos on the other side, and the code.
         self._scoring = {
             "code": _code(SCORING_CODE),
@@ -354,7 +354,7 @@ class _Bench:
         drawn = draw(
             self._generator(scenario),
             asked,
-            self.reference.images.shape[1:3],
+            self.reference.size,
             **scenario.request(),
             batch_size=self.config.batch_size,
             seed=seed,

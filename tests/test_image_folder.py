@@ -73,6 +73,7 @@ def test_the_command(tmp_path, catalogue, capsys):
     assert main(words) == 0
     shown = capsys.readouterr()
     assert "| frechet_distance |" in shown.out and "| article_type |" in shown.out
+    assert "| real_article_type |" in shown.out  # read off the photos' captions
     assert "needs at least 32 images, 6 given" in shown.out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["count"] == report["settings"]["photos"] == 6
