@@ -1,4 +1,4 @@
-"""How good is a model: attribute accuracies, Fréchet distance, their controls, and an uncurated grid, for one command.
+"""How good is one model, quickly: its scores, their controls and an uncurated grid. For several with speed: run.py.
 
     python benchmarks/quality.py --model mini --prompts both --count 1000 --output runs/quality/mini
 
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gigdiff.benchmark import GRID_PROMPTS
 from gigdiff.data import ProductDataset, load_products
 from gigdiff.errors import GigdiffError, InputError, nearest
 from gigdiff.evaluation import (
@@ -44,11 +45,6 @@ from gigdiff.products import Product
 from gigdiff.rng import derive_seed
 
 CONTROLS = ("control:train", "control:shuffled", "control:one", "control:blank")
-GRID_PROMPTS = (
-    "red wool coat", "yellow summer dress", "brown leather belt", "black leather handbag", "crimson pullover",
-    "white sneakers", "spectacles", "blue jeans", "navy blue polo t-shirt", "gold earrings", "pink nail polish",
-    "silver watch for men", "green checked shirt", "purple kurta", "beige high heels", "orange backpack",
-)  # fmt: skip
 GRID_SEEDS = (0, 1, 2, 3)
 SHOWN_PRODUCTS = 24
 

@@ -56,7 +56,18 @@ from gigdiff.prompt_sets import PHOTO_SETS, PROMPT_SETS, Asked
 from gigdiff.provenance import weights_hash
 from gigdiff.speed import load_average
 
-__all__ = ["BENCHMARK_VERSION", "BenchmarkConfig", "Scenario", "pareto_front", "run_benchmark", "seed_interval", "slug"]
+__all__ = [
+    "BENCHMARK_VERSION",
+    "GRID_PROMPTS",
+    "BenchmarkConfig",
+    "Scenario",
+    "over_seeds",
+    "pareto_front",
+    "run_benchmark",
+    "seed_interval",
+    "slug",
+    "summarise_speed",
+]
 
 BENCHMARK_VERSION = 1
 GRID_PROMPTS = (
@@ -214,8 +225,8 @@ def run_benchmark(
         "extractor": reference.extractor.name,
         "resize": reference.extractor.resize,
         "data": reference.source,
-        "height": reference.images.shape[1],
-        "width": reference.images.shape[2],
+        "height": reference.size[0],
+        "width": reference.size[1],
         "environment": environment(load_before),
         "rows": rows,
     })  # fmt: skip
@@ -247,7 +258,7 @@ class _Bench:
         self.config, self.reference, self.output, self.log = config, reference, output, log
         self.counts = {"made": 0, "kept": 0}
         self._loaded: tuple[Scenario, ImageGenerator] | None = None
-        self._drawing = {"code": _code(DRAWING_CODE), "versions": _libraries(), "size": reference.images.shape[1:3]}
+        self._drawing = {"code": _code(DRAWING_CODE), "versions": _libraries(), "size": reference.size}
         # What scores depend on besides the images: the photos on the other side, and the code.
         self._scoring = {
             "code": _code(SCORING_CODE),
@@ -343,7 +354,7 @@ class _Bench:
         drawn = draw(
             self._generator(scenario),
             asked,
-            self.reference.images.shape[1:3],
+            self.reference.size,
             **scenario.request(),
             batch_size=self.config.batch_size,
             seed=seed,

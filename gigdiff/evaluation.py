@@ -225,7 +225,7 @@ def evaluate(
     drawn = draw(
         generator,
         asked,
-        reference.images.shape[1:3],
+        reference.size,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         lora=lora,
@@ -320,7 +320,7 @@ def evaluate_images(
     if asked is not None and len(asked) != len(images):
         raise InputError(f"{len(images)} images and {len(asked)} prompts were given; one an image is needed")
     began = time.perf_counter()
-    report = _report(fit_all(images, *reference.images.shape[1:3]), asked, reference, whole=True)
+    report = _report(fit_all(images, *reference.size), asked, reference, whole=True)
     settings = {"count": len(images), "photos": len(reference.products), **report.settings}
     return replace(report, model=name, settings=settings, seconds=time.perf_counter() - began)
 
@@ -329,7 +329,7 @@ def score_images(images: np.ndarray, reference: Reference) -> dict[str, Score]:
     """Scores of uint8 (N, H, W, 3) images, image i of product i of the reference; names as in docs/evaluation.md."""
     if len(images) != len(reference.products):
         raise InputError(f"{len(images)} images for {len(reference.products)} products; one image a product is needed")
-    return _scores(fit_all(images, *reference.images.shape[1:3]), asked_for(reference, "short"), reference, True)[1]
+    return _scores(fit_all(images, *reference.size), asked_for(reference, "short"), reference, True)[1]
 
 
 # ---- from images to scores -------------------------------------------------------------------------------------------
@@ -356,8 +356,8 @@ def _report(images: np.ndarray, asked: Sequence[Asked] | None, reference: Refere
         breakdown=_breakdown(features, asked, reference) if asked is not None else {},
         settings={
             "selection_seed": reference.selection_seed,
-            "height": reference.images.shape[1],
-            "width": reference.images.shape[2],
+            "height": reference.size[0],
+            "width": reference.size[1],
             "extractor": extractor.name,
             "resize": extractor.resize,
             "neighbours": NEIGHBOURS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ from gigdiff.images import fit_image, to_pil
 from gigdiff.metrics.features import FeatureExtractor, cached_features, load_extractor
 from gigdiff.metrics.frechet import feature_statistics, frechet_distance
 from gigdiff.metrics.probe import Probe, load_probe, probe_features
-from gigdiff.products import Product
+from gigdiff.products import FIELDS, Product
 
 if TYPE_CHECKING:
     from gigdiff.data.records import ProductRecord
@@ -35,6 +35,7 @@ __all__ = [
     "TrainPhotos",
     "choose_products",
     "default_data_dir",
+    "described",
     "fit_all",
     "load_images",
     "make_reference",
@@ -107,6 +108,11 @@ class Reference:
     selection_seed: int = 0
     source: str = ""
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in which images are compared."""
+        return self.images.shape[1], self.images.shape[2]
 
     @property
     def floor(self) -> float | None:
@@ -186,7 +192,7 @@ def make_reference(
 
         loaded_clip = load_clip(clip)
     return Reference(
-        products=tuple(record.product for record in chosen),
+        products=tuple(described(record) for record in chosen),
         ids=tuple(record.id for record in chosen),
         images=images,
         features=probe_features(images, list(probes.values()), features, cache_dir),
@@ -201,6 +207,15 @@ def make_reference(
         selection_seed=seed,
         source=str(getattr(validation, "source", "")),
     )
+
+
+def described(record: ProductRecord) -> Product:
+    """The record's product; where a caption stands in for a name, with what can be read off the caption."""
+    if record.product.name or not record.caption:
+        return record.product
+    read = Product.from_prompt(record.caption)
+    own = {field: getattr(record.product, field) for field in FIELDS if getattr(record.product, field) is not None}
+    return replace(read, **{"name": record.caption, **own})
 
 
 def fit_all(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -260,4 +275,5 @@ def _train_photos(
             on_progress=on_progress,
         )
         features = np.concatenate([store.get(key) for key in keys])
-    return TrainPhotos(tuple(records), tuple(rows), features, photos)
+    known = tuple(replace(record, product=described(record)) for record in records)
+    return TrainPhotos(known, tuple(rows), features, photos)

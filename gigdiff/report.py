@@ -213,14 +213,13 @@ def _chart(points: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]], l
             color="#1e293b",
         )
     axes.set_xscale("log")
-    for axis in (axes.xaxis,):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""))
     axes.margins(0.16, 0.14)
     if better < 0:
         axes.invert_yaxis()  # up is better in every chart
     axes.set_xlabel("images a second, at the best batch size (log scale; bars: range over repetitions)")
-    axes.set_ylabel("\n".join(_wrapped(label, 44)))
+    axes.set_title(label, loc="left", fontsize=10.5)
     axes.grid(True, which="major", color="#e2e8f0", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(front) > 1:
@@ -358,8 +357,9 @@ def quality_table(result: Mapping[str, Any], prompts: str) -> Table:
         for row in rows:
             controls = row["quality"][prompts]["controls"]
             cells = [_score(controls.get(f"{kind}_{name}"), METRICS[name].digits, long=True) for name in names]
-            # The real photos and their neighbours are the same whatever the row; the others belong to it.
-            label = f"control: {kind}" + ("" if kind in ("real", "neighbour") else f", {row['name']}")
+            # Real photos and neighbours are the same whatever the row, reconstructions whatever its settings.
+            whose = {"real": "", "neighbour": "", "reconstructed": f", {row['model']}"}.get(kind, f", {row['name']}")
+            label = f"control: {kind}{whose}"
             if any(cells) and label not in shown:
                 shown.add(label)
                 table.append([label, "", *cells])
@@ -367,16 +367,18 @@ def quality_table(result: Mapping[str, Any], prompts: str) -> Table:
 
 
 def notes(result: Mapping[str, Any], prompts: str) -> list[str]:
-    """What rows had to say of these prompts."""
-    return [
-        f"{row['name']}: {note}" for row in result["rows"] for note in row["quality"].get(prompts, {}).get("notes", [])
-    ]
+    """What rows had to say of these prompts, the same words once for all rows that said them."""
+    said: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        for note in row["quality"].get(prompts, {}).get("notes", []):
+            said.setdefault(note, []).append(row["name"])
+    return [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
 def speed_table(result: Mapping[str, Any]) -> Table:
     """Throughput at each batch size, latency, cold start, memory."""
     measured = [row for row in result["rows"] if row["speed"] and "best" in row["speed"]]
-    sizes = sorted({int(size) for row in measured for size in row["speed"]["throughput"]})
+    sizes = sorted({int(size) for row in measured for size in (*row["speed"]["throughput"], *row["speed"]["failed"])})
     header = ["row", *(f"images/s, batch {size}" for size in sizes), "latency p50", "p95", "p99", "first image, cold",
               "host memory", "CUDA memory"]  # fmt: skip
     table = []
@@ -457,9 +459,3 @@ def _count(value: int | None) -> str:
 
 def _bytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)

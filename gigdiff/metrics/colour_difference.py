@@ -4,9 +4,9 @@ A product photo shows skin, soles and linings beside the named colour, so not th
 nearest quarter of the product comes to it: the lower quartile, over pixels, of the difference to the colour's sRGB
 value in gigdiff.data.vocabulary.COLOUR_RGB, pixels weighted by how surely they are foreground and near the centre. On
 300 real validation photos the quartile told the right colour from a random other one better (0.77 of pairs) than the
-median pixel (0.75) and the median colour (0.75). One value stands for all that a shop calls "blue": real photos
-measure 16 on average, so compare with the real photos of the same products and with shuffled prompts, which every
-report holds.
+median pixel (0.75) and the median colour (0.75): python benchmarks/colour_statistic.py. One value stands for all that a
+shop calls "blue": real photos measure 16 on average, so compare with the real photos of the same products and with
+shuffled prompts, which every report holds.
 """
 
 from __future__ import annotations

@@ -115,8 +115,9 @@ class Block(nn.Module):
             for step in branch:
                 convs = [step] if isinstance(step, tuple) else step if isinstance(step, list) else []
                 for name, outputs, height, width, *stride in convs:
-                    padding = 0 if stride else (height // 2, width // 2)
-                    self.add_module(name, nn.Conv2d(channels, outputs, (height, width), stride or 1, padding))
+                    padding = (0, 0) if stride else (height // 2, width // 2)
+                    conv = nn.Conv2d(channels, outputs, (height, width), stride[0] if stride else 1, padding)
+                    self.add_module(name, conv)
                 channels = sum(conv[1] for conv in convs) or channels
             self.outputs += channels
 
