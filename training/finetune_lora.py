@@ -43,7 +43,7 @@ from gigdiff.fit.checkpoint import (
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.families import Family, denoiser_of, family_of, noised, to_latents
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_cpu_processes
 from gigdiff.fit.schedule import learning_rate
 from gigdiff.generators.diffusion import DiffusionGenerator
 from gigdiff.generators.loading import load, resolve
@@ -859,6 +859,7 @@ def check_resumable(
 
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    start_cpu_processes(__file__, arguments)
     named = {argument.split("=")[0] for argument in arguments}
     if not named & {"--config", "--pretrained_model_name_or_path", "--help", "-h"}:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]

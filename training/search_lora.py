@@ -144,7 +144,7 @@ def search(search_config: SearchConfig, base: LoraConfig) -> dict[str, Any]:
     states = optuna.trial.TrialState
     for trial in study.get_trials(states=(states.RUNNING,)):  # of a killed process
         study.tell(trial.number, state=states.FAIL)
-        study.enqueue_trial(trial.params, skip_if_exists=True)
+        study.enqueue_trial(trial.params)
     finished = len(study.get_trials(states=(states.COMPLETE, states.PRUNED)))
     print(f"{finished} of {search_config.trials} trials are done", file=sys.stderr)
     if finished < search_config.trials:

@@ -109,8 +109,8 @@ def save_checkpoint(
         temporary.mkdir()
         for stem, named in tensors.items():
             file = temporary / f"{stem}.safetensors"
-            header = dict((headers or {}).get(stem, {})) or None
-            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, file, metadata=header)
+            header = {"metadata": dict(headers[stem])} if headers and stem in headers else {}
+            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, file, **header)
             _fsync(file)
         file = temporary / "state.json"
         file.write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gigdiff.errors import NumericalError
+from gigdiff.errors import InputError, NumericalError
 
-__all__ = ["JsonLines", "StopSignal", "check_finite", "prefetched"]
+__all__ = ["JsonLines", "StopSignal", "check_finite", "prefetched", "start_cpu_processes"]
 
 Item = TypeVar("Item")
 
@@ -83,3 +86,28 @@ def check_finite(loss: float, step: int, learning_rate: float) -> None:
             f"the loss is {loss} at step {step} (learning rate {learning_rate:g}). The last checkpoint is untouched: "
             "continue from it with --resume_from_checkpoint latest and a lower --learning_rate."
         )
+
+
+def start_cpu_processes(script: str, arguments: Sequence[str]) -> None:
+    """Make `accelerate launch --cpu --num_processes N` start N processes; a script calls it before anything else.
+
+    Accelerate (1.15) starts one there, without a word, and so trains with a batch N times smaller. What it leaves
+    behind is a MASTER_ADDR without a WORLD_SIZE; then this process becomes torch's launcher of N. Otherwise nothing
+    happens.
+
+    Raises:
+        InputError: it was so started, and N can't be told.
+    """
+    if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU") != "True":
+        return
+    import psutil  # accelerate needs it too
+
+    words = " ".join(psutil.Process(os.getppid()).cmdline())
+    match = re.search(r"--num[_-]processes[= ](\d+)", words)
+    if match is None:
+        raise InputError(
+            "accelerate launch --cpu starts a single process here. Give --num_processes 1, or start several with: "
+            f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {script}"
+        )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", match[1]]
+    os.execv(sys.executable, [*launcher, script, *arguments])
