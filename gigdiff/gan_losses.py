@@ -141,10 +141,10 @@ def critic_loss(
 def diversity_loss(first: Tensor, second: Tensor, reals: Tensor, target: float) -> Tensor:
     """relu(target - d) where d is how far two drawings of a text lie apart, as a share of how far two photos do.
 
-    Mean absolute differences; `first` and `second` (M, ...) are drawn with different noise for the same texts, neighbours
-    in `reals` (N, ...) are photos of different ones. Mode-seeking (Mao et al. 2019, arXiv 1903.05628), bounded (Yang et
-    al. 2019, arXiv 1901.09024): a conditional generator finds it easiest to forget its noise, and a discriminator that
-    sees one drawing a text hardly notices.
+    Mean absolute differences; `first` and `second` (M, ...) are drawn with different noise for the same texts,
+    neighbours in `reals` (N, ...) are photos of different ones. Mode-seeking (Mao et al. 2019, arXiv 1903.05628),
+    bounded (Yang et al. 2019, arXiv 1901.09024): a conditional generator finds it easiest to forget its noise, and a
+    discriminator that sees one drawing a text hardly notices.
     """
     apart = (first - second).abs().flatten(1).mean(1)
     photos = (reals - reals.roll(1, 0)).abs().mean()
