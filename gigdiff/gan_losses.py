@@ -29,6 +29,7 @@ __all__ = [
     "RECOMMENDED_PENALTY",
     "contrastive_loss",
     "critic_loss",
+    "diversity_loss",
     "finite_difference_penalty",
     "gradient_penalty",
     "interpolate",
@@ -122,7 +123,9 @@ def critic_loss(
 ) -> Tensor:
     """The discriminator's loss where real photos with another product's text are fakes too (Reed et al., 1605.05396).
 
-    (1 - w) loss(real, fake) + w loss(real, mismatched), mean over images.
+    (1 - w) loss(real, fake) + w loss(real, mismatched), mean over images. A mismatched pair (image i, text i - 1) is
+    held against the real pair of its image and against that of its text: against the former alone, a relativistic
+    discriminator could favour some images whatever the text.
 
     Args:
         real, fake, mismatched: scores (N,); mismatched: of real image i with text i - 1.
@@ -131,7 +134,21 @@ def critic_loss(
     """
     on = DISCRIMINATOR_LOSSES[loss]
     wrong = (~same.roll(1, 1).diag()).to(real.dtype)
-    return ((1 - mismatch_weight) * on(real, fake) + mismatch_weight * wrong * on(real, mismatched)).mean()
+    on_mismatched = wrong * (on(real, mismatched) + on(real.roll(1, 0), mismatched)) / 2
+    return ((1 - mismatch_weight) * on(real, fake) + mismatch_weight * on_mismatched).mean()
+
+
+def diversity_loss(first: Tensor, second: Tensor, reals: Tensor, target: float) -> Tensor:
+    """relu(target - d) where d is how far two drawings of a text lie apart, as a share of how far two photos do.
+
+    Mean absolute differences; `first` and `second` (M, ...) are drawn with different noise for the same texts,
+    neighbours in `reals` (N, ...) are photos of different ones. Mode-seeking (Mao et al. 2019, arXiv 1903.05628),
+    bounded (Yang et al. 2019, arXiv 1901.09024): a conditional generator finds it easiest to forget its noise, and a
+    discriminator that sees one drawing a text hardly notices.
+    """
+    apart = (first - second).abs().flatten(1).mean(1)
+    photos = (reals - reals.roll(1, 0)).abs().mean()
+    return F.relu(target - apart / photos.clamp(min=1e-6)).mean()
 
 
 def overfitting_sign(loss: str, real: Tensor, fake: Tensor) -> float:

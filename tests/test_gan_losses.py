@@ -126,3 +126,11 @@ def test_a_wrong_text_counts_as_a_fake_unless_it_is_the_images_own() -> None:
     same = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 1]]).bool()
     value = losses.critic_loss("wgan_gp", real, fake, mismatched, same, 0.25)
     assert value.item() == pytest.approx(0.75 * -2 + 0.25 * (3 + 3 + 0) / 3)
+
+
+def test_two_drawings_of_a_text_that_are_too_alike_cost_something() -> None:
+    """Photos lie 2 apart; drawings 0.2 and 2 apart are shares of 0.1 and 1."""
+    reals = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+    first, second = torch.zeros(2, 1, 1, 1), torch.tensor([0.2, 2.0]).view(2, 1, 1, 1)
+    assert losses.diversity_loss(first, second, reals, 0.3).item() == pytest.approx(0.2 / 2)
+    assert losses.diversity_loss(first, second, reals, 0.1).item() == pytest.approx(0.0, abs=1e-6)

@@ -88,6 +88,8 @@ class GanConfig:
         penalty_noise: standard deviation of the finite difference's noise.
         mismatch_weight: share of fakes that are real images with another product's text.
         contrastive_weight: weight of finding each image's text among the batch's; 0 is off.
+        diversity_weight: weight on two drawings of a caption being too alike; 0 is off.
+        diversity_target: how far apart they should lie, as a share of two photos' distance.
         text_noise: noise on the text condition, relative to its size, against learning names by heart.
         augment: "adaptive" (ADA), "fixed" (at augment_probability) or "none".
         augment_probability: of each transform, when fixed.
@@ -152,6 +154,8 @@ class GanConfig:
     penalty_noise: float = 0.2
     mismatch_weight: float = 0.5
     contrastive_weight: float = 0.25
+    diversity_weight: float = 2.0
+    diversity_target: float = 0.3
     text_noise: float = 0.1
     augment: Literal["adaptive", "fixed", "none"] = "adaptive"
     augment_probability: float = 0.3
@@ -526,7 +530,11 @@ def main(argv: list[str] | None = None) -> None:
         set_learning_rate(optimizer, rates[0])
         set_learning_rate(critic_optimizer, rates[1])
         # One drawing serves both players: the discriminator learns on it, then the generator by the new discriminator.
-        fake = wrapped(batch.noise, batch.condition)
+        # A quarter of the captions is drawn a second time, with a neighbour's noise.
+        count = len(batch.images)
+        twice = max(1, count // 4) if config.diversity_weight > 0 else 0
+        noise = torch.cat([batch.noise, batch.noise.roll(1, 0)[:twice]])
+        fake, again = wrapped(noise, torch.cat([batch.condition, batch.condition[:twice]])).split([count, twice])
 
         # The discriminator: real photos, drawn ones, and real photos with another product's text.
         on_real, on_fake = augmented(batch.images, batch, 0), augmented(fake.detach(), batch, 1)
@@ -559,19 +567,24 @@ def main(argv: list[str] | None = None) -> None:
         loss = gan_losses.GENERATOR_LOSSES[config.loss](real_scores, judged.scores[0]).mean()
         contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
         values |= {"loss": loss.item(), "contrast_fake": contrast.item()}
-        accelerator.backward(loss + config.contrastive_weight * contrast)
+        total = loss + config.contrastive_weight * contrast
+        if twice:
+            alike = gan_losses.diversity_loss(fake[:twice], again, batch.images, config.diversity_target)
+            values["too_alike"] = alike.item()
+            total = total + config.diversity_weight * alike
+        accelerator.backward(total)
         critic.requires_grad_(True)
         check_finite(loss.item(), step, rates[0])
         norm = accelerator.clip_grad_norm_(generator.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(generator)
-        images_done += len(batch.images) * processes
+        images_done += count * processes
 
         done = step + 1
         # Averaged over processes, which must go on augmenting alike.
         sign = float(accelerator.reduce(torch.tensor(sign, device=device), "mean"))
-        strength.see(sign, len(batch.images) * processes)
+        strength.see(sign, count * processes)
         values |= {
             "r_t": sign,
             "augment_probability": strength.probability,

@@ -44,7 +44,7 @@ from gigdiff.images import contact_sheet, save_image
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
-from gigdiff.models.vae import ConditionalVae, VaeOutput, gaussian_nll
+from gigdiff.models.vae import ConditionalVae, VaeOutput, calibrated_nll
 from gigdiff.text import TextEncoder, load_text_encoder
 
 PIXEL_FOLD = 4  # pixels are worked on as patches of 4 x 4
@@ -215,8 +215,8 @@ def make_batch(
 
 
 def bound(output: VaeOutput, images: torch.Tensor, beta: float) -> torch.Tensor:
-    """beta-weighted negative evidence lower bound, in nats a dimension, less log(2 pi)/2; mean over images."""
-    return (gaussian_nll(images, output.mean, output.log_std) + beta * output.kl).mean() / images[0].numel()
+    """beta-weighted negative evidence lower bound, in nats a dimension, less a constant; mean over images."""
+    return (calibrated_nll(images, output.mean) + beta * output.kl.mean()) / images[0].numel()
 
 
 @torch.no_grad()
@@ -234,8 +234,7 @@ def validate(model: Any, held_out: EncodedProducts, config: VaeConfig, length: i
         parts = []
         for part in zip(*(x.to(device).split(64) for x in inputs), strict=True):
             parts.append(model(part[0], part[1], images=part[2] if rebuild else None))
-        mean, kl = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("mean", "kl"))
-        return VaeOutput(mean, kl, model.log_std.detach().cpu())
+        return VaeOutput(torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.kl.cpu() for p in parts]))
 
     rebuilt = in_parts(noise, condition, images, rebuild=True)
     values = {

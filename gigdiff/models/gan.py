@@ -60,7 +60,7 @@ class ModulatedConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3) * (9 * in_channels) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.affine = nn.Linear(style_dim, in_channels)
-        nn.init.normal_(self.affine.weight, std=0.5 * style_dim**-0.5)
+        nn.init.normal_(self.affine.weight, std=style_dim**-0.5)
         nn.init.ones_(self.affine.bias)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class StyleBlock(nn.Module):
         super().__init__()
         self.conv1 = ModulatedConv(channels, channels, style_dim)
         self.conv2 = ModulatedConv(channels, channels, style_dim)
-        self.noise_strength = nn.Parameter(torch.zeros(2, channels))
+        self.noise_strength = nn.Parameter(torch.full((2, channels), 0.1))
         self.gain = nn.Parameter(torch.full((channels,), 0.2))
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
@@ -124,7 +124,12 @@ class StyleGenerator(ModelMixin, ConfigMixin):
             nn.Linear(style_dim, style_dim), nn.SiLU(),
             nn.Linear(style_dim, style_dim), nn.SiLU(),
         )  # fmt: skip
-        self.start = nn.Parameter(torch.randn(1, widths[0], *self.grid))
+        # He et al. 2015 (arXiv 1502.01852): with torch's own, smaller weights a style hardly depends on its noise, and
+        # the generator settles on one picture a prompt before it has found out what the noise is for.
+        for layer in self.mapping:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        self.start = nn.Linear(style_dim, widths[0] * self.grid[0] * self.grid[1])
         self.attentions = nn.ModuleList(TokenAttention(c, text_dim) for c in widths)
         self.levels = nn.ModuleList(
             nn.ModuleList(StyleBlock(c, style_dim) for _ in range(b)) for c, b in zip(widths, blocks, strict=True)
@@ -162,7 +167,7 @@ class StyleGenerator(ModelMixin, ConfigMixin):
     def forward(self, noise: Tensor, condition: Tensor, truncation: float = 1.0) -> Tensor:
         z, rest = noise.split([self.config["noise_dim"], noise.shape[1] - self.config["noise_dim"]], 1)
         style = self.style(z, condition, truncation)
-        x = self.start.expand(len(noise), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = self.start(style).unflatten(1, (-1, *self.grid)).contiguous(memory_format=torch.channels_last)
         for i, (attention, level) in enumerate(zip(self.attentions, self.levels, strict=True)):
             if i > 0:
                 x = F.pixel_shuffle(self.ups[i - 1](F.silu(x)), 2)

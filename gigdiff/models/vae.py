@@ -21,26 +21,25 @@ from gigdiff.models.autoencoder import ResidualBlock
 from gigdiff.models.conditioning import TextSummary, TokenAttention
 from gigdiff.models.gan import coarsest_grid
 
-__all__ = ["ConditionalVae", "VaeOutput", "gaussian_nll"]
+__all__ = ["ConditionalVae", "VaeOutput", "calibrated_nll"]
 
 
 class VaeOutput(NamedTuple):
-    """mean (N, channels, H, W) and log_std (channels,) of p(x | z, text), and the KL divergence (N,) in nats, summed
-    over all variables."""
+    """mean (N, channels, H, W) of p(x | z, text), and the KL divergence (N,) in nats, summed over all variables."""
 
     mean: Tensor
     kl: Tensor
-    log_std: Tensor
 
 
-def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """-log N(x; mean, exp(log_std)^2) in nats (N,), up to the constant log(2 pi)/2 a dimension.
+def calibrated_nll(x: Tensor, mean: Tensor) -> Tensor:
+    """Mean over images of -log N(x; mean, s^2) in nats, less the constant (1 + log 2 pi) / 2 a dimension.
 
-    log_std (channels,) is learned, so that no weight between reconstruction and KL needs choosing (Rybkin et al. 2021,
-    "Simple and Effective VAE Training with Calibrated Decoders", arXiv 2006.13202).
+    s is each channel's most likely standard deviation over the batch, its root mean squared error, which leaves the
+    logarithm of that error: so no weight between reconstruction and KL needs choosing (Rybkin et al. 2021, "Simple and
+    Effective VAE Training with Calibrated Decoders", arXiv 2006.13202, section 4.2). x and mean (N, C, H, W).
     """
-    log_std = log_std[:, None, None]
-    return (0.5 * ((x - mean) / log_std.exp()).square() + log_std).flatten(1).sum(1)
+    errors = (x - mean).square().mean((0, 2, 3)).clamp(min=1e-6)
+    return 0.5 * errors.log().sum() * x[0, 0].numel()
 
 
 class LadderBlock(nn.Module):
@@ -114,7 +113,6 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         )
         self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
-        self.log_std = nn.Parameter(torch.zeros(channels))
 
     @property
     def noise_size(self) -> int:
@@ -152,4 +150,4 @@ class ConditionalVae(ModelMixin, ConfigMixin):
                 x, cost = block(x, z.view(len(x), -1, *x.shape[2:]), None if features is None else features[i])
                 kl = kl + cost
         mean = F.pixel_shuffle(self.conv_out(F.silu(x)), self.config["fold"])
-        return VaeOutput(mean.float(), kl, self.log_std)
+        return VaeOutput(mean.float(), kl)

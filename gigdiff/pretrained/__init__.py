@@ -7,6 +7,13 @@ A folder holds gigdiff.json for `gigdiff models`:
     licence      of the weights
     scores       measured name -> value
     height, width, num_inference_steps, guidance_scale    what it draws when not told otherwise
+
+and for "gan" and "vae":
+
+    truncation   default of that control
+    space        "latent" or "pixel"
+    shared_vae   the embedded model whose autoencoder it draws through, where it has none of its own
+    latent_space hash of the encoder it was trained on, see gigdiff.generators.one_pass
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gigdiff.models.conditioning import TextSummary, TokenAttention, blur_condit
 from gigdiff.models.gan import ConvGenerator, ModulatedConv, StyleGenerator
 from gigdiff.models.one_pass import load_one_pass
 from gigdiff.models.text_discriminator import TextDiscriminator
-from gigdiff.models.vae import ConditionalVae, LadderBlock, gaussian_nll
+from gigdiff.models.vae import ConditionalVae, LadderBlock, calibrated_nll
 
 SIZES = {"channels": 4, "widths": (16, 8), "blocks": (1, 1), "text_dim": 12}
 PIXELS = {**SIZES, "channels": 3, "height": 32, "width": 16, "fold": 4}
@@ -118,7 +119,7 @@ def test_every_parameter_learns_after_a_few_steps(family: str) -> None:
         optimizer.zero_grad()
         if isinstance(model, ConditionalVae):
             out = model(noise, condition, images=images)
-            loss = (gaussian_nll(images, out.mean, out.log_std) + out.kl).mean() / 320
+            loss = (calibrated_nll(images, out.mean) + out.kl.mean()) / 320
         else:
             loss = (model(noise, condition) - images).square().mean()
         loss.backward()
@@ -224,8 +225,19 @@ def test_the_vae_pays_nothing_for_what_it_does_not_know_and_learns_to_rebuild() 
     for _ in range(60):
         optimizer.zero_grad()
         out = model(torch.randn_like(noise), condition, images=images)
-        loss = (gaussian_nll(images, out.mean, out.log_std) + out.kl).mean() / 320
+        loss = (calibrated_nll(images, out.mean) + out.kl.mean()) / 320
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_calibrated_likelihood_is_the_gaussians_at_its_best_standard_deviation() -> None:
+    torch.manual_seed(0)
+    x, mean = torch.randn(8, 3, 5, 4), torch.randn(8, 3, 5, 4)
+    std = (x - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
+    expected = -torch.distributions.Normal(mean, std).log_prob(x).flatten(1).sum(1).mean()
+    constant = 60 * (1 + math.log(2 * math.pi)) / 2
+    torch.testing.assert_close(calibrated_nll(x, mean) + constant, expected, rtol=1e-4, atol=1e-3)
+    for worse in (0.9, 1.1):
+        assert -torch.distributions.Normal(mean, worse * std).log_prob(x).flatten(1).sum(1).mean() > expected
