@@ -110,14 +110,19 @@ def main_colour_weights(lab: np.ndarray, mask: np.ndarray) -> np.ndarray:
     height, width = mask.shape
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     central = np.exp(-((y / 0.7) ** 2) - (x / 0.7) ** 2)
-    points, importance = features[core], central[core]
+    # What all but is background is its rim or its reflection, unless there is little else.
+    ground = np.median(lab[mask < 0.05], axis=0) if (mask < 0.05).any() else np.array([100.0, 0.0, 0.0])
+    apart = np.clip(np.linalg.norm(lab - ground, axis=-1) / 12, 0.3, 1)
+    points, importance = features[core], (central * apart)[core]
     centres, labels = _cluster(points, importance)
     shares = np.bincount(labels, importance, len(centres)) / importance.sum()
     skin = np.array([_like_skin(centre / np.array([0.4, 1, 1])) for centre in centres])
     # A whole product of skin's colour is a beige product; beside much that is not, it is somebody's arm.
-    goods = shares * np.where(skin & (shares[~skin].sum() > 0.25), 0.02, 1.0)
-    main = int(goods.argmax())
-    alike = np.array([_same_colour(centres[main], centre) for centre in centres]) & (goods >= shares * 0.5)
+    goods = shares * np.where(skin & (shares[~skin].sum() > 0.42), 0.02, 1.0)
+    # One colour's light and shade are several clusters: the greatest family counts, not the greatest cluster.
+    kin = np.array([[_same_colour(a, b) for b in centres] for a in centres]) & (goods >= shares * 0.5)
+    main = int((kin @ goods + 1e-3 * goods).argmax())
+    alike = kin[main].copy()
     alike[main] = True
     distance = np.linalg.norm(features[:, :, None, :] - centres[None, None], axis=-1)
     near = distance[..., alike].min(axis=-1)
@@ -187,8 +192,7 @@ def _same_colour(a: np.ndarray, b: np.ndarray) -> bool:
         return bool(chroma_b < 9 and abs(a[0] - b[0]) < 0.4 * 32)
     turn = np.degrees(np.arctan2(a[2], a[1]) - np.arctan2(b[2], b[1]))
     same_hue = abs((turn + 180) % 360 - 180) < 28
-    deep_shade = chroma_b < 9 and b[0] < min(a[0], 0.4 * 30)  # the darkest folds of any colour are near black
-    return bool((same_hue and chroma_b > 0.25 * chroma_a) or deep_shade)
+    return bool(same_hue and chroma_b > 0.25 * chroma_a)
 
 
 def _like_skin(lab: np.ndarray) -> bool:

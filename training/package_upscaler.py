@@ -50,7 +50,8 @@ pipeline_tag: image-to-image
 # {name}
 
 Enlarges product photos four times each way: {parameters / 1e6:.2f} M parameters,
-{flops / 1e9:.1f} GFLOP for 80 x 64 pixels. `fidelity/` was trained for pixels, `sharp/` on from it with a discriminator; `gigdiff.upscale(fidelity=)` mixes them.
+{flops / 1e9:.1f} GFLOP for 80 x 64 pixels. `fidelity/` was trained for pixels, `sharp/` on from it with a discriminator; `gigdiff.upscale(fidelity=)`
+mixes them.
 
 ## Data
 

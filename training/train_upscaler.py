@@ -192,7 +192,7 @@ def degraded(large: np.ndarray, random: np.random.Generator, clean: bool = False
     if clean:
         return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
     # All draws are made whatever comes of them, so that one setting does not change the others.
-    blurred, filtered, noise, quality, pressed = random.random(5)
+    blurred, filtered, noise, quality, pressed = (float(draw) for draw in random.random(5))
     if blurred < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(2.4 * blurred))
     filters = (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC, Image.Resampling.BOX, Image.Resampling.BILINEAR)
