@@ -156,13 +156,13 @@ def edit(
     result = generator.edit(request, start, on_step=on_step)
     fields |= {"edit": what, "strength": f"{start.strength:g}", "notes": "\n".join((*result.notes, *notes))}
     result = replace(result, extra={**result.extra, **fields}, weights=result.weights or _weights(generator))
+    if safety is not None:
+        result = safety.check_images(result)
     upscaler = choose_upscaler(upscale, fidelity, generator, device)
     if mask is not None:
         return _one_or_all(_pasted(result, picture, mask, upscaler), num_images_per_prompt)
     if upscaler is not None:
         result = upscaler.enlarge(result)
-    if safety is not None:
-        result = safety.check_images(result)
     return _one_or_all(result.pictures(), num_images_per_prompt)
 
 

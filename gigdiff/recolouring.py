@@ -64,11 +64,12 @@ def recolour(image: Image.Image, rgb: tuple[int, int, int], strength: float = 1.
     """
     pixels = np.asarray(image)
     lab = rgb_to_lab(pixels)
-    weight = main_colour_weights(lab, product_mask(pixels)) * strength
-    if not (weight > 0.5).any():
+    found = main_colour_weights(lab, product_mask(pixels))
+    weight = found * strength
+    if not (found > 0.5).any():
         raise InputError("no product was found on the background; recolouring needs a product on a plain background.")
     target = rgb_to_lab(np.array(rgb))
-    inside = lab[weight > 0.5 * strength]
+    inside = lab[found > 0.5]
     low, middle, high = np.percentile(inside[:, 0], [3, 50, 97])
     # White goods still have folds, black ones still have lights: keep the middle where its range fits.
     centre = np.clip(target[0], 14, 93)
@@ -77,6 +78,7 @@ def recolour(image: Image.Image, rgb: tuple[int, int, int], strength: float = 1.
     up, down = max(high - middle, 1e-3) * gain, max(middle - low, 1e-3) * gain
     # A bright saturated yellow has no lighter yellow above it in sRGB: its shading goes downwards only.
     bright = np.clip((np.hypot(*target[1:]) - 10) / 50, 0, 1) * np.clip((centre - 60) / 20, 0, 1)
+    centre -= 3 * bright
     ceiling = (1 - bright) * 99 + bright * (centre + 2)
     away = (lab[..., 0] - middle) * gain
     away *= np.where(away > 0, min(1.0, (ceiling - centre) / up), min(1.0, (centre - 4) / down))

@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     model = ProductUpscaler(channels=config.channels, blocks=config.blocks, scale=SCALE)
     if config.init_from is not None:
         known = load_upscaler_network(config.init_from)
-        if dict(known.config) | {"_name_or_path": ""} != dict(model.config) | {"_name_or_path": ""}:
+        if any(known.config[name] != model.config[name] for name in ("channels", "blocks", "scale")):
             raise ModelMismatchError(
                 f"{config.init_from} has {known.config['channels']} channels and {known.config['blocks']} blocks, this "
                 f"run {config.channels} and {config.blocks}: they must be the same"
