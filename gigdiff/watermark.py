@@ -141,7 +141,7 @@ def _amplitude(pixels: np.ndarray) -> np.ndarray:
     # Small pictures have few pixels to hide it in, and are seen enlarged in no shop: they bear more.
     base = 1.8 * np.clip(240 / min(grey.shape), 1.0, 2.5) ** 0.5
     fade = np.clip((252 - grey) / 6, 0, 1)
-    # A small product has few pixels that can bear the mark, so each bears more: z goes with strength times root of area.
+    # A small product has few pixels that can bear the mark, so each bears more: z goes with strength times area^0.5.
     base *= np.clip((0.3 / max(float(fade.mean()), 1e-3)) ** 0.5, 0.8, 2.0)
     return np.clip(base + 0.14 * spread, 0, 3 * base) * fade
 
