@@ -196,7 +196,7 @@ def _extended(picture: Image.Image, ratio: str) -> tuple[Image.Image, np.ndarray
         ((top, height - picture.height - top), (left, width - picture.width - left), (0, 0)),
         mode="edge",
     )
-    mask = np.ones((height, width), bool)
+    mask: np.ndarray = np.ones((height, width), bool)
     mask[top : top + picture.height, left : left + picture.width] = False
     out = to_pil(pixels)
     out.info.update(picture.info)
@@ -223,7 +223,7 @@ def _fitted_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask as `fit_image` fits its picture; a pixel that is partly to be drawn is drawn."""
     left, top, right, bottom = fitted_box((mask.shape[1], mask.shape[0]), height, width)
     inner = Image.fromarray(mask.astype(np.uint8) * 255).resize((right - left, bottom - top), Image.Resampling.BOX)
-    out = np.zeros((height, width), bool)
+    out: np.ndarray = np.zeros((height, width), bool)
     out[top:bottom, left:right] = np.asarray(inner) > 8
     return out
 
