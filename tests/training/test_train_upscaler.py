@@ -148,7 +148,7 @@ def test_mistakes(
 ):
     cases: list[tuple[tuple[str, ...], type[Exception], str]] = [
         (("--crop", "12"), InputError, "multiples of 8"),
-        (("--degraded_share", "0.9"), InputError, "1 at most together"),
+        (("--degraded_share", "0.95"), InputError, "1 at most together"),
         (("--perceptual_weight", "1"), InputError, "--adversarial_weight above 0"),
         (("--adversarial_weight", "1"), InputError, "--init_from"),
         (("--init_from", str(first / "upscaler"), "--blocks", "2"), ModelMismatchError, "must be the same"),
