@@ -226,11 +226,12 @@ def upscale(
 
 def _outputs(output: str | None, source: str, suffix: str, seeds: list[int], overwrite: bool) -> list[Path]:
     """Where the pictures made from `source` go, each known to be writable."""
-    from gigdiff.images import FORMATS, check_writable
+    from gigdiff.images import check_writable
+    from gigdiff.pictures import SUFFIXES
 
     stem = f"{Path(source).stem}-{suffix}"
     target = Path(output).expanduser() if output is not None else Path(source).parent
-    if target.suffix.lower() in FORMATS and not target.is_dir():
+    if target.suffix.lower() in SUFFIXES and not target.is_dir():
         if len(seeds) > 1:
             raise InputError(f'--output "{output}" is one file for {len(seeds)} pictures; give a folder.')
         return [check_writable(target, overwrite)]

@@ -156,13 +156,13 @@ def edit(
     result = generator.edit(request, start, on_step=on_step)
     fields |= {"edit": what, "strength": f"{start.strength:g}", "notes": "\n".join((*result.notes, *notes))}
     result = replace(result, extra={**result.extra, **fields}, weights=result.weights or _weights(generator))
+    if safety is not None:
+        result = safety.check_images(result)
     upscaler = choose_upscaler(upscale, fidelity, generator, device)
     if mask is not None:
         return _one_or_all(_pasted(result, picture, mask, upscaler), num_images_per_prompt)
     if upscaler is not None:
         result = upscaler.enlarge(result)
-    if safety is not None:
-        result = safety.check_images(result)
     return _one_or_all(result.pictures(), num_images_per_prompt)
 
 
@@ -196,7 +196,7 @@ def _extended(picture: Image.Image, ratio: str) -> tuple[Image.Image, np.ndarray
         ((top, height - picture.height - top), (left, width - picture.width - left), (0, 0)),
         mode="edge",
     )
-    mask = np.ones((height, width), bool)
+    mask: np.ndarray = np.ones((height, width), bool)
     mask[top : top + picture.height, left : left + picture.width] = False
     out = to_pil(pixels)
     out.info.update(picture.info)
@@ -223,7 +223,7 @@ def _fitted_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask as `fit_image` fits its picture; a pixel that is partly to be drawn is drawn."""
     left, top, right, bottom = fitted_box((mask.shape[1], mask.shape[0]), height, width)
     inner = Image.fromarray(mask.astype(np.uint8) * 255).resize((right - left, bottom - top), Image.Resampling.BOX)
-    out = np.zeros((height, width), bool)
+    out: np.ndarray = np.zeros((height, width), bool)
     out[top:bottom, left:right] = np.asarray(inner) > 8
     return out
 

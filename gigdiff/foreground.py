@@ -34,20 +34,23 @@ def product_mask(pixels: np.ndarray) -> np.ndarray:
     frame = np.concatenate([distance[[0, -1]].ravel(), distance[:, [0, -1]].ravel()])
     uneven = np.percentile(frame[frame < TOLERANCE[1]], 95) if (frame < TOLERANCE[1]).any() else 0.0
     tolerance = float(np.clip(1.5 + 2 * uneven, *TOLERANCE))
-    background = _connected_to_frame(distance < tolerance)
+    # JPEG leaves ripples around a product, as far from white as a white shirt is; but ripples average out.
+    even_out = np.linalg.norm(blur(lab, 2) - background_colour(small), axis=-1)
+    ripples = (even_out < 1.5 * tolerance) & (distance < 3 * tolerance)
+    background = _connected_to_frame((distance < tolerance) | ripples)
     # A hole through which the background shows (a bag's handle) is all but exactly its colour, and even.
     even = blur((distance < 1.0).astype(np.float64), 1) > 0.99
     background |= _grown_into(even, distance < tolerance / 2)
-    mask = 1.0 - background
+    # At the outline a pixel is product by as much of its neighbours' contrast to the background as it has.
+    rim = blur(background.astype(np.float64), 3) > 0
+    mask = np.where(rim, np.clip(1.4 * distance / (_peak(distance, 2) + 1e-9), 0, 1), 1.0) * ~background
     if scale < 1.0:
         mask, distance = (
             np.asarray(Image.fromarray(a.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
             for a in (mask, distance)
         )
-    # The outline's pixels are mixtures of product and background; what is background to the bit is no mixture.
-    edge = blur(mask.astype(np.float64), max(1, round(1 / scale)))
-    soft = np.clip(2 * edge - 0.5, 0, 1)
-    return np.where(mask > 0.5, soft, soft * np.clip((distance - 1) / 12, 0, 1))
+    # Where the search was done at a smaller size, what is background to the bit is no product.
+    return np.asarray(mask * np.clip(distance, 0, 1), dtype=np.float64)
 
 
 def background_colour(pixels: np.ndarray) -> np.ndarray:
@@ -79,6 +82,15 @@ def blur(values: np.ndarray, reach: int) -> np.ndarray:
         sums = np.pad(values, widths, mode="edge").cumsum(axis=axis)
         count = values.shape[axis]
         values = (np.take(sums, range(size, size + count), axis) - np.take(sums, range(count), axis)) / size
+    return values
+
+
+def _peak(values: np.ndarray, reach: int) -> np.ndarray:
+    """The greatest value within `reach` pixels each way, (H, W)."""
+    for axis in (0, 1):
+        padded = np.pad(values, [(reach, reach) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
+        count = values.shape[axis]
+        values = np.max([np.take(padded, range(i, i + count), axis) for i in range(2 * reach + 1)], axis=0)
     return values
 
 

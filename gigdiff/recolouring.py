@@ -64,11 +64,12 @@ def recolour(image: Image.Image, rgb: tuple[int, int, int], strength: float = 1.
     """
     pixels = np.asarray(image)
     lab = rgb_to_lab(pixels)
-    weight = main_colour_weights(lab, product_mask(pixels)) * strength
-    if not (weight > 0.5).any():
+    found = main_colour_weights(lab, product_mask(pixels))
+    weight = found * strength
+    if not (found > 0.5).any():
         raise InputError("no product was found on the background; recolouring needs a product on a plain background.")
     target = rgb_to_lab(np.array(rgb))
-    inside = lab[weight > 0.5 * strength]
+    inside = lab[found > 0.5]
     low, middle, high = np.percentile(inside[:, 0], [3, 50, 97])
     # White goods still have folds, black ones still have lights: keep the middle where its range fits.
     centre = np.clip(target[0], 14, 93)
@@ -77,6 +78,7 @@ def recolour(image: Image.Image, rgb: tuple[int, int, int], strength: float = 1.
     up, down = max(high - middle, 1e-3) * gain, max(middle - low, 1e-3) * gain
     # A bright saturated yellow has no lighter yellow above it in sRGB: its shading goes downwards only.
     bright = np.clip((np.hypot(*target[1:]) - 10) / 50, 0, 1) * np.clip((centre - 60) / 20, 0, 1)
+    centre -= 3 * bright
     ceiling = (1 - bright) * 99 + bright * (centre + 2)
     away = (lab[..., 0] - middle) * gain
     away *= np.where(away > 0, min(1.0, (ceiling - centre) / up), min(1.0, (centre - 4) / down))
@@ -110,14 +112,19 @@ def main_colour_weights(lab: np.ndarray, mask: np.ndarray) -> np.ndarray:
     height, width = mask.shape
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     central = np.exp(-((y / 0.7) ** 2) - (x / 0.7) ** 2)
-    points, importance = features[core], central[core]
+    # What all but is background is its rim or its reflection, unless there is little else.
+    ground = np.median(lab[mask < 0.05], axis=0) if (mask < 0.05).any() else np.array([100.0, 0.0, 0.0])
+    apart = np.clip(np.linalg.norm(lab - ground, axis=-1) / 12, 0.3, 1)
+    points, importance = features[core], (central * apart)[core]
     centres, labels = _cluster(points, importance)
     shares = np.bincount(labels, importance, len(centres)) / importance.sum()
     skin = np.array([_like_skin(centre / np.array([0.4, 1, 1])) for centre in centres])
     # A whole product of skin's colour is a beige product; beside much that is not, it is somebody's arm.
-    goods = shares * np.where(skin & (shares[~skin].sum() > 0.25), 0.02, 1.0)
-    main = int(goods.argmax())
-    alike = np.array([_same_colour(centres[main], centre) for centre in centres]) & (goods >= shares * 0.5)
+    goods = shares * np.where(skin & (shares[~skin].sum() > 0.42), 0.02, 1.0)
+    # One colour's light and shade are several clusters: the greatest family counts, not the greatest cluster.
+    kin = np.array([[_same_colour(a, b) for b in centres] for a in centres]) & (goods >= shares * 0.5)
+    main = int((kin @ goods + 1e-3 * goods).argmax())
+    alike = kin[main].copy()
     alike[main] = True
     distance = np.linalg.norm(features[:, :, None, :] - centres[None, None], axis=-1)
     near = distance[..., alike].min(axis=-1)
@@ -187,8 +194,7 @@ def _same_colour(a: np.ndarray, b: np.ndarray) -> bool:
         return bool(chroma_b < 9 and abs(a[0] - b[0]) < 0.4 * 32)
     turn = np.degrees(np.arctan2(a[2], a[1]) - np.arctan2(b[2], b[1]))
     same_hue = abs((turn + 180) % 360 - 180) < 28
-    deep_shade = chroma_b < 9 and b[0] < min(a[0], 0.4 * 30)  # the darkest folds of any colour are near black
-    return bool((same_hue and chroma_b > 0.25 * chroma_a) or deep_shade)
+    return bool(same_hue and chroma_b > 0.25 * chroma_a)
 
 
 def _like_skin(lab: np.ndarray) -> bool:

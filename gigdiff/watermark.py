@@ -32,7 +32,7 @@ SCHEME = "gigdiff-spread-spectrum-1"
 THRESHOLD = 4.0  # standard deviations; a normal variable exceeds it 3 times in 100,000
 
 GRID = 256  # the pattern's own resolution, both ways
-LOW, HIGH = 6.0, 56.0  # its band, in cycles across the picture
+LOW, HIGH = 6.0, 32.0  # its band, in cycles across the picture
 MIN_SIDE = 48
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -117,7 +117,7 @@ def _radius() -> np.ndarray:
 def _band() -> np.ndarray:
     """1 within the band, with soft ends."""
     r = _radius()
-    return np.clip((r - LOW) / 2 + 0.5, 0, 1) * np.clip((HIGH - r) / 8 + 0.5, 0, 1)
+    return np.clip((r - LOW) / 2 + 0.5, 0, 1) * np.clip((HIGH - r) / 4 + 0.5, 0, 1)
 
 
 def _radial_mean(magnitude: np.ndarray) -> np.ndarray:
@@ -139,9 +139,11 @@ def _amplitude(pixels: np.ndarray) -> np.ndarray:
     reach = max(1, min(grey.shape) // 32)
     spread = np.sqrt(np.maximum(blur(grey**2, reach) - blur(grey, reach) ** 2, 0))
     # Small pictures have few pixels to hide it in, and are seen enlarged in no shop: they bear more.
-    base = 2.2 * np.clip(240 / min(grey.shape), 1.0, 2.5) ** 0.5
+    base = 1.8 * np.clip(240 / min(grey.shape), 1.0, 2.5) ** 0.5
     fade = np.clip((252 - grey) / 6, 0, 1)
-    return np.clip(base + 0.16 * spread, 0, 3 * base) * fade
+    # A small product has few pixels that can bear the mark, so each bears more: z goes with strength times area^0.5.
+    base *= np.clip((0.3 / max(float(fade.mean()), 1e-3)) ** 0.5, 0.8, 2.0)
+    return np.clip(base + 0.14 * spread, 0, 3 * base) * fade
 
 
 def _is_white(pixels: np.ndarray) -> np.ndarray:

@@ -50,7 +50,8 @@ pipeline_tag: image-to-image
 # {name}
 
 Enlarges product photos four times each way: {parameters / 1e6:.2f} M parameters,
-{flops / 1e9:.1f} GFLOP for 80 x 64 pixels. `fidelity/` was trained for pixels, `sharp/` on from it with a discriminator; `gigdiff.upscale(fidelity=)` mixes them.
+{flops / 1e9:.1f} GFLOP for 80 x 64 pixels. `fidelity/` was trained for pixels, `sharp/` on from it with a
+discriminator; `gigdiff.upscale(fidelity=)` mixes them.
 
 ## Data
 
@@ -83,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             results = json.loads(Path(config.report).read_text(encoding="utf-8").splitlines()[-1])["results"]
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(
-                f"--report {config.report} is none of benchmarks/upscale_quality.py: {error!r}"
-            ) from error
+            raise InputError(f"--report {config.report} is none of benchmarks/upscale_quality.py: {error!r}") from error
     out = Path(config.output_dir)
     for part, network in (("fidelity", faithful), ("sharp", sharp)):
         network.half().save_pretrained(out / part, safe_serialization=True)

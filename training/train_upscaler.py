@@ -192,7 +192,7 @@ def degraded(large: np.ndarray, random: np.random.Generator, clean: bool = False
     if clean:
         return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
     # All draws are made whatever comes of them, so that one setting does not change the others.
-    blurred, filtered, noise, quality, pressed = random.random(5)
+    blurred, filtered, noise, quality, pressed = (float(draw) for draw in random.random(5))
     if blurred < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(2.4 * blurred))
     filters = (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC, Image.Resampling.BOX, Image.Resampling.BILINEAR)
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     model = ProductUpscaler(channels=config.channels, blocks=config.blocks, scale=SCALE)
     if config.init_from is not None:
         known = load_upscaler_network(config.init_from)
-        if dict(known.config) | {"_name_or_path": ""} != dict(model.config) | {"_name_or_path": ""}:
+        if any(known.config[name] != model.config[name] for name in ("channels", "blocks", "scale")):
             raise ModelMismatchError(
                 f"{config.init_from} has {known.config['channels']} channels and {known.config['blocks']} blocks, this "
                 f"run {config.channels} and {config.blocks}: they must be the same"
