@@ -348,7 +348,6 @@ def _latent_mask(mask: np.ndarray) -> Tensor:
     return torch.from_numpy(blocks).float()[None, None]
 
 
-
 class PipelineGenerator:
     """Any text-to-image diffusers pipeline (SD 1.5, SDXL, SD3, FLUX, ...) as an ImageGenerator."""
 
