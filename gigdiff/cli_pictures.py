@@ -119,7 +119,7 @@ def _regenerate(path: str, target: str, overwrite: bool, device: str | None) -> 
 @click.option("--background", help='Another background: "white", a colour, or a file.')
 @click.option("--aspect-ratio", help='Draw what the picture lacks to "square", "4:5", "16:9".')
 @click.option("--strength", type=float, help="Above 0, up to 1: how much is drawn anew. [default: by the edit]")
-@click.option("--num-resample-steps", type=int, default=2, show_default=True, help="With a mask: more fits in better.")
+@click.option("--num-resample-steps", type=int, default=3, show_default=True, help="With a mask: more fits in better.")
 @click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True, help="Pictures to make.")
 @click.option("--seed", type=int, help="Seed of the first, the next has seed + 1. [default: drawn and reported]")
 @click.option("-o", "--output", help="File, or folder. [default: beside the picture, IMAGE-edited.png]")

@@ -51,7 +51,7 @@ def edit(
     background: str | Image.Image | None = None,
     aspect_ratio: str | None = None,
     strength: float | None = None,
-    num_resample_steps: int = 2,
+    num_resample_steps: int = 3,
     model: str | os.PathLike[str] | ImageGenerator = "mini",
     negative_prompt: str | None = None,
     num_images_per_prompt: int = 1,
