@@ -180,8 +180,9 @@ def _without_model(
 
 def _described(picture: Image.Image, fields: dict[str, str]) -> Image.Image:
     """The picture with its own fields and those of the edit."""
-    own = {key: text for key, text in picture.info.items() if isinstance(text, str) and key != "Software"}
-    picture.info.update(complete(own | {key: text for key, text in fields.items() if text}))
+    texts = {key: text for key, text in picture.info.items() if isinstance(key, str) and isinstance(text, str)}
+    texts.pop("Software", None)
+    picture.info.update(complete(texts | {key: text for key, text in fields.items() if text}).items())
     return picture
 
 
@@ -244,7 +245,8 @@ def _pasted(
     alpha = np.maximum(alpha, 0.35 * mask)[..., None]  # a mask thinner than that still changes its pixels
     pictures = []
     for i, image in enumerate(drawn.images):
-        inner = to_pil(image).crop(tuple(int(edge) for edge in box * scale))
+        left, top, right, bottom = (int(edge) for edge in box * scale)
+        inner = to_pil(image).crop((left, top, right, bottom))
         new = np.asarray(inner.resize(picture.size, Image.Resampling.LANCZOS), dtype=np.float64)
         out = to_pil(np.where(mask[..., None], np.rint(alpha * new + (1 - alpha) * old), old).astype(np.uint8))
         fields = metadata(drawn, i) | {"height": str(out.height), "width": str(out.width)}

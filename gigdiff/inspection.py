@@ -92,8 +92,9 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Ima
         guidance_scale=float(fields["guidance_scale"]) if "guidance_scale" in fields else None,
         height=_whole(fields, "height"),
         width=_whole(fields, "width"),
-        lora=(names if len(names) > 1 else names[0]) if names else None,  # type: ignore[arg-type]
-        lora_scale=(scales if len(scales) > 1 else scales[0]) if scales else 1.0,  # type: ignore[arg-type]
+        lora=names or None,
+        lora_scale=scales or 1.0,
+        truncation=float(fields["truncation"]) if "truncation" in fields else None,
     )
     upscale = fields.get("upscaler", False)
     result = api.join_results(

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gigdiff
 from gigdiff import xmp
@@ -98,7 +98,7 @@ def _shared(result: GenerationResult) -> dict[str, str]:
 def save(
     path: str | os.PathLike[str],
     image: Image.Image | np.ndarray,
-    fields: Mapping[str, str],
+    fields: Mapping[Any, Any],
     *,
     overwrite: bool = False,
     quality: int = 92,
@@ -120,7 +120,7 @@ def save(
     from gigdiff.images import check_writable, save_image
 
     path = check_writable(path, overwrite)
-    texts = {key: text for key, text in fields.items() if isinstance(text, str)}
+    texts = {key: text for key, text in fields.items() if isinstance(key, str) and isinstance(text, str)}
     if watermark:
         from gigdiff.watermark import SCHEME, embed
 

@@ -59,11 +59,11 @@ def upscale(
     out = []
     for source, picture in zip(sources, pictures, strict=True):
         large = to_pil(upscaler(np.asarray(picture)[None])[0])
-        own = {key: text for key, text in picture.info.items() if isinstance(text, str)}
+        own = {key: text for key, text in picture.info.items() if isinstance(key, str) and isinstance(text, str)}
         if "prompt" not in own:  # a photo, and not a picture that gigdiff drew
             notes = "\n".join(describe_changes(source))
             own |= {"edit": "upscale", "source_image": pixel_hash(np.asarray(picture)), "notes": notes}
-        large.info.update(complete(own | upscaler.fields()))
+        large.info.update(complete(own | upscaler.fields()).items())
         out.append(large)
     return out if several else out[0]
 

@@ -172,7 +172,7 @@ class StyleGenerator(ModelMixin, ConfigMixin):
             if i > 0:
                 x = F.pixel_shuffle(self.ups[i - 1](F.silu(x)), 2)
             x = attention(x, condition)
-            for block in level:  # type: ignore[union-attr]
+            for block in level:  # type: ignore[union-attr,attr-defined]
                 planes, rest = rest.split([2 * x.shape[2] * x.shape[3], rest.shape[1] - 2 * x.shape[2] * x.shape[3]], 1)
                 x = block(x, style, planes.view(len(x), 2, *x.shape[2:]))
         return F.pixel_shuffle(self.conv_out(F.silu(x)), self.config["fold"])

@@ -124,7 +124,8 @@ class ConditionalVae(ModelMixin, ConfigMixin):
     def features(self, images: Tensor) -> list[Tensor]:
         """(N, channels, H, W) -> one feature grid a level, coarsest first."""
         x = F.pixel_unshuffle(images, self.config["fold"]).contiguous(memory_format=torch.channels_last)
-        x, found = self.conv_in(x), []
+        x = self.conv_in(x)
+        found: list[Tensor] = []
         for i, level in enumerate(self.encoder):
             if i > 0:
                 x = self.downs[i - 1](F.pixel_unshuffle(x, 2))
@@ -145,7 +146,7 @@ class ConditionalVae(ModelMixin, ConfigMixin):
                 x = F.pixel_shuffle(self.ups[i - 1](F.silu(x)), 2)
             x = attention(x, condition)
             size = self.config["latent_dim"] * x.shape[2] * x.shape[3]
-            for block in level:  # type: ignore[union-attr]
+            for block in level:  # type: ignore[union-attr,attr-defined]
                 z, rest = rest.split([size, rest.shape[1] - size], 1)
                 x, cost = block(x, z.view(len(x), -1, *x.shape[2:]), None if features is None else features[i])
                 kl = kl + cost
