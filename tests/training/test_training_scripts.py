@@ -209,7 +209,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(autoencoder: Path, cata
     assert done.returncode == 1 and "another architecture" in done.stderr
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+#: The benchmark's are tested in tests/test_benchmark.py.
+TRAINING_CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.name.startswith("bench_")]
+
+
+@pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda p: p.name)
 def test_every_config_parses_against_the_script_it_names(config: Path) -> None:
     """Each file's header shows its launch command; the script it names must take every key."""
     from gigdiff.fit.config import parse_config
