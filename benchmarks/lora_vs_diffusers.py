@@ -80,6 +80,20 @@ class Normalize:
 """
 
 
+# The libraries look for torchvision first and don't find it; then the stand-in is put where the peer's script finds it.
+LAUNCH = """
+import runpy, sys
+import diffusers, peft, transformers
+from transformers.utils import is_torchvision_available
+is_torchvision_available()
+from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, AutoencoderKL
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def build_model(folder: Path) -> Path:
     """A StableDiffusionPipeline folder: SD 1.5's four levels, depth and block types at about a tenth of its widths."""
     import torch
@@ -207,14 +221,14 @@ def main() -> None:
     model = build_model(work / "model")
     train, held = copy_photos(Path(arguments.photos), work / "photos", 6)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
-    lent = environment
+    launch = [str(peer)]
     try:
         import torchvision  # noqa: F401
     except ImportError:
         (work / "lent" / "torchvision").mkdir(parents=True)
         (work / "lent" / "torchvision" / "__init__.py").write_text("")
         (work / "lent" / "torchvision" / "transforms.py").write_text(STAND_IN)
-        lent = environment | {"PYTHONPATH": f"{work / 'lent'}{os.pathsep}{environment.get('PYTHONPATH', '')}"}
+        launch = ["-c", LAUNCH, str(work / "lent"), str(peer)]
 
     def peer_words(steps: int) -> list[str]:
         flags = {
@@ -225,7 +239,7 @@ def main() -> None:
             "checkpointing_steps": 10**6, "output_dir": work / f"peer-{steps}", "cache_dir": work / "peer-cache",
         }  # fmt: skip
         pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, str(peer), *pairs, "--center_crop"]
+        return [sys.executable, *launch, *pairs, "--center_crop"]
 
     def our_words(steps: int) -> list[str]:
         config = dataclasses.replace(run_config(model, train, work / f"ours-{steps}", arguments), max_train_steps=steps)
@@ -234,10 +248,10 @@ def main() -> None:
         return [sys.executable, str(ROOT / "training" / "finetune_lora.py"), "--config", str(file)]
 
     results: dict[str, dict[str, float]] = {}
-    for name, words, surroundings in (("ours", our_words, environment), ("peer", peer_words, lent)):
+    for name, words in (("ours", our_words), ("peer", peer_words)):
         runs = {}
         for steps in (arguments.long, arguments.short, arguments.long):  # the first warms caches, ours and the system's
-            seconds, memory = timed(words(steps), surroundings)
+            seconds, memory = timed(words(steps), environment)
             print(f"{name}: {steps} steps in {seconds:.1f} s, {memory:.0f} MB", file=sys.stderr, flush=True)
             first = runs.get("first", memory)
             runs |= {str(steps): seconds, "first": first}
