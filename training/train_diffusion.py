@@ -32,11 +32,11 @@ from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_t
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
+from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_folder
-from gigdiff.generators.request import GenerationRequest, check_size
-from gigdiff.images import contact_sheet, save_image
+from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.widen import copy_leading
 from gigdiff.text import TextEncoder, load_text_encoder
@@ -240,19 +240,6 @@ def loss_of(unet: torch.nn.Module, batch: Batch, table: torch.Tensor, snr_gamma:
     return (error if snr_gamma is None else error * min_snr_weight(batch.log_sigma, snr_gamma)).mean()
 
 
-def preview(generator: DiffusionGenerator, config: DiffusionConfig, path: Path) -> None:
-    """Draw the validation prompts with seeds 0, 1, 2 through the same code as gigdiff.generate."""
-    prompts = [prompt for prompt in config.validation_prompts for _ in range(3)]
-    seeds = tuple(range(3)) * len(config.validation_prompts)
-    images = []
-    for start in range(0, len(prompts), 36):
-        images += list(
-            generator.generate(GenerationRequest(tuple(prompts[start : start + 36]), seeds[start : start + 36])).images
-        )
-    metadata = {"prompts": json.dumps(config.validation_prompts), "seeds": "0, 1, 2 each"}
-    save_image(path, contact_sheet(images, 12, labels=prompts, scale=2), metadata, overwrite=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(DiffusionConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     source = config.train_data_dir or config.dataset_name
@@ -389,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
                 guidance_interval=(config.guidance_interval[0], config.guidance_interval[1] or float("inf")),
                 device=device,
             )
-            preview(generator, config, out / "previews" / f"step-{done:06d}.png")
+            save_preview(generator, config.validation_prompts, range(3), out / "previews" / f"step-{done:06d}.png")
         if log is not None:
             log.write(done, values)
         accelerator.log(values, step=done)

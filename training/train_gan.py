@@ -39,11 +39,11 @@ from gigdiff.fit.collapse import CollapseWatch, Variety, measure_variety, overfi
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
+from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.generators.one_pass import OnePassGenerator, latent_space_of, save_one_pass
-from gigdiff.generators.request import GenerationRequest, check_size
-from gigdiff.images import contact_sheet, save_image
+from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
@@ -318,16 +318,6 @@ def measure(generator: torch.nn.Module, critic: torch.nn.Module, data: HeldOut) 
         scores(data.train, data.train_condition), scores(data.reals, data.condition), scores(fakes, data.condition)
     )
     return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), data.reals), ratio
-
-
-def preview(generator: OnePassGenerator, config: GanConfig, path: Path) -> None:
-    """Draw the validation prompts with seeds 0 to 3 through the same code as gigdiff.generate."""
-    prompts = tuple(prompt for prompt in config.validation_prompts for _ in range(4))
-    images = list(
-        generator.generate(GenerationRequest(prompts, tuple(range(4)) * len(config.validation_prompts))).images
-    )
-    metadata = {"prompts": json.dumps(config.validation_prompts), "seeds": "0 to 3 each"}
-    save_image(path, contact_sheet(images, 12, labels=prompts, scale=2), metadata, overwrite=True)
 
 
 def gigaflops(model: torch.nn.Module, *inputs: torch.Tensor) -> float:
@@ -618,7 +608,7 @@ def main(argv: list[str] | None = None) -> None:
                 truncation=config.truncation,
                 device=device,
             )
-            preview(drawing, config, out / "previews" / f"step-{done:06d}.png")
+            save_preview(drawing, config.validation_prompts, range(4), out / "previews" / f"step-{done:06d}.png")
         if log is not None:
             log.write(done, values)
         accelerator.log(values, step=done)

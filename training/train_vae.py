@@ -36,11 +36,11 @@ from gigdiff.fit.collapse import Variety, measure_variety
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
+from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.generators.one_pass import OnePassGenerator, latent_space_of, save_one_pass
-from gigdiff.generators.request import GenerationRequest, check_size
-from gigdiff.images import contact_sheet, save_image
+from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
@@ -245,15 +245,6 @@ def validate(model: Any, held_out: EncodedProducts, config: VaeConfig, length: i
     samples = in_parts(noise.roll(1, 0), condition).mean
     repeated = in_parts(repeated_noise, condition[:prompts].repeat_interleave(8, 0)).mean
     return values, measure_variety(samples, repeated.unflatten(0, (prompts, 8)), images)
-
-
-def preview(generator: OnePassGenerator, config: VaeConfig, path: Path) -> None:
-    """Draw the validation prompts with seeds 0 to 3 through the same code as gigdiff.generate."""
-    prompts = tuple(prompt for prompt in config.validation_prompts for _ in range(4))
-    seeds = tuple(range(4)) * len(config.validation_prompts)
-    images = list(generator.generate(GenerationRequest(prompts, seeds)).images)
-    metadata = {"prompts": json.dumps(config.validation_prompts), "seeds": "0 to 3 each"}
-    save_image(path, contact_sheet(images, 12, labels=prompts, scale=2), metadata, overwrite=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -462,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
                 truncation=config.truncation,
                 device=device,
             )
-            preview(drawing, config, out / "previews" / f"step-{done:06d}.png")
+            save_preview(drawing, config.validation_prompts, range(4), out / "previews" / f"step-{done:06d}.png")
         if log is not None:
             log.write(done, values)
         accelerator.log(values, step=done)
