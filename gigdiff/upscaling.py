@@ -172,8 +172,8 @@ def _own(folder: Path, name: str, fidelity: float, device: torch.device) -> Upsc
     """A network of ours: a folder with fidelity/ and sharp/ to mix, or a single one."""
     import torch
 
-    from gigdiff.generators.diffusion import _cpu_has_bfloat16
     from gigdiff.models.upscaler import interpolated, load_upscaler_network
+    from gigdiff.precision import embedded_dtype
 
     if (folder / "fidelity").is_dir() and (folder / "sharp").is_dir():
         faithful, sharp = load_upscaler_network(folder / "fidelity"), load_upscaler_network(folder / "sharp")
@@ -181,14 +181,13 @@ def _own(folder: Path, name: str, fidelity: float, device: torch.device) -> Upsc
     else:
         network, mixed = load_upscaler_network(folder).float(), False
     network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    fast = device.type != "cpu" or _cpu_has_bfloat16()
     return Upscaler(
         network,
         name=name,
         scale=network.config["scale"],
         reach=network.reach,
         device=device,
-        dtype=torch.bfloat16 if fast else torch.float32,
+        dtype=embedded_dtype(device),
         weights=weights_hash(folder),
         fidelity=fidelity if mixed else None,
     )

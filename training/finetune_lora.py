@@ -62,6 +62,7 @@ from gigdiff.lora import (
     read_lora,
     save_lora,
 )
+from gigdiff.precision import training_precision
 from gigdiff.provenance import metadata, weights_hash
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,8 @@ class LoraConfig:
         train_guidance: what a guidance-distilled FLUX is fed in training.
         use_ema: average the LoRA's weights; the average is validated, previewed and saved.
         ema_decay: of that average.
-        mixed_precision: "no", "bf16" or "fp16" (GPU). The LoRA's own weights are float32 in each.
+        mixed_precision: "no", "bf16", "fp16" (GPU), or "auto": bf16 where the device computes in it, else no. The
+            LoRA's own weights are float32 in each.
         attention: backend, see gigdiff.attention.
         seed: of everything.
         checkpointing_steps: steps between checkpoints.
@@ -204,7 +206,7 @@ class LoraConfig:
     train_guidance: float = 1.0
     use_ema: bool = True
     ema_decay: float = 0.99
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
     attention: str = "auto"
     seed: int = 0
     checkpointing_steps: int = 200
@@ -235,8 +237,7 @@ def check(config: LoraConfig) -> None:
         raise InputError("--train_data_dir and --dataset_name were both given; give one.")
     if config.with_prior_preservation and not config.class_prompt:
         raise InputError('--with_prior_preservation needs --class_prompt, such as "a photo of a shoe".')
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use no or bf16.")
+    training_precision(config.mixed_precision)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -520,6 +521,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         images_per_second of the steps alone; line: the Python that uses the file.
     """
     check(config)
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     out = Path(config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,

@@ -41,6 +41,7 @@ from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.precision import training_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class AutoencoderConfig:
         discriminator_learning_rate: Adam's rate for the discriminator.
         discriminator_gamma: weight of its gradient penalty.
         prior_weight: weight of mean squared raw latents (the KL divergence's mean term at fixed variance).
-        mixed_precision: "no" or "bf16" (never fp16 on a CPU).
+        mixed_precision: "no", "bf16", or "auto": bf16 where the device computes in it, else no.
         seed: of data order, initialisation and noise.
         checkpointing_steps: save every so many steps.
         checkpoints_total_limit: how many checkpoints to keep.
@@ -125,7 +126,7 @@ class AutoencoderConfig:
     discriminator_gamma: float = 0.02
     discriminator_warmup_steps: int = 100
     prior_weight: float = 1e-4
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -209,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
     )

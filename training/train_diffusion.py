@@ -39,6 +39,7 @@ from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_fol
 from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.widen import copy_leading
+from gigdiff.precision import training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 
@@ -76,7 +77,7 @@ class DiffusionConfig:
         max_grad_norm: gradient clipping.
         ema_decay: decay of the averaged weights, which are what is validated and saved.
         attention: attention backend, see gigdiff.attention.
-        mixed_precision: "no", "bf16", or "fp16" (CUDA only).
+        mixed_precision: "no", "bf16", "fp16" (CUDA only), or "auto": bf16 where the device computes in it, else no.
         seed: of data order, wordings, initialisation and noise.
         checkpointing_steps: save every so many steps.
         checkpoints_total_limit: how many checkpoints to keep.
@@ -121,7 +122,7 @@ class DiffusionConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     attention: str = "auto"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -249,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     check_size("--width", config.width)
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
     )

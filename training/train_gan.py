@@ -48,6 +48,7 @@ from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
+from gigdiff.precision import training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 GENERATORS: dict[str, Any] = {"style": StyleGenerator, "conv": ConvGenerator}
@@ -107,7 +108,7 @@ class GanConfig:
         adam_beta1: Adam's momentum, of both.
         adam_beta2: Adam's second moment decay, of both.
         ema_decay: decay of the generator's averaged weights, which are what is measured and saved.
-        mixed_precision: "no" or "bf16".
+        mixed_precision: "no", "bf16", or "auto": bf16 where the device computes in it, else no.
         seed: of data order, wordings, initialisation, noise and augmentation.
         checkpointing_steps: save every so many steps.
         checkpoints_total_limit: how many checkpoints to keep.
@@ -173,7 +174,7 @@ class GanConfig:
     adam_beta1: float = 0.0
     adam_beta2: float = 0.99
     ema_decay: float = 0.998
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -338,6 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     finite = config.penalty_method == "finite_difference" and penalty_kind in ("r1", "r1_r2")
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
     )

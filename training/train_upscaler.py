@@ -45,6 +45,7 @@ from gigdiff.images import contact_sheet, fit_image, fitted_box, save_image, to_
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, feature_distance, generator_loss
 from gigdiff.models.upscaler import ProductUpscaler, load_upscaler_network
+from gigdiff.precision import training_precision
 
 SCALE = 4
 
@@ -84,7 +85,7 @@ class UpscalerConfig:
         discriminator_warmup_steps: steps that train the discriminator alone.
         discriminator_learning_rate: Adam's rate for the discriminator.
         discriminator_gamma: weight of its gradient penalty.
-        mixed_precision: "no" or "bf16" (never fp16 on a CPU).
+        mixed_precision: "no", "bf16", or "auto": bf16 where the device computes in it, else no.
         seed: of data order, crops, sources, initialisation and noise.
         checkpointing_steps: save every so many steps.
         checkpoints_total_limit: how many checkpoints to keep.
@@ -125,7 +126,7 @@ class UpscalerConfig:
     discriminator_warmup_steps: int = 100
     discriminator_learning_rate: float = 2e-4
     discriminator_gamma: float = 0.02
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -283,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--adversarial_weight is phase 2: give phase 1's network with --init_from RUN/upscaler")
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
     )

@@ -45,6 +45,7 @@ from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
 from gigdiff.models.vae import ConditionalVae, VaeOutput, calibrated_nll
+from gigdiff.precision import training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 PIXEL_FOLD = 4  # pixels are worked on as patches of 4 x 4
@@ -93,7 +94,7 @@ class VaeConfig:
         adam_weight_decay: AdamW's weight decay.
         max_grad_norm: gradient clipping.
         ema_decay: decay of the averaged weights, which are what is validated and saved.
-        mixed_precision: "no" or "bf16".
+        mixed_precision: "no", "bf16", or "auto": bf16 where the device computes in it, else no.
         seed: of data order, wordings, initialisation and noise.
         checkpointing_steps: save every so many steps.
         checkpoints_total_limit: how many checkpoints to keep.
@@ -145,7 +146,7 @@ class VaeConfig:
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -262,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     adversarial = config.adversarial_weight > 0
     out = Path(config.output_dir)
     trackers = None if config.report_to == "none" else config.report_to
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
     )

@@ -17,6 +17,7 @@ from gigdiff.data.captions import compose_captions, short_prompt
 from gigdiff.data.loading import ProductDataset
 from gigdiff.data.records import ProductRecord
 from gigdiff.images import fit_image, to_model
+from gigdiff.precision import cpu_has_bfloat16
 from gigdiff.text import TextEncoder
 
 __all__ = ["EncodedBuckets", "EncodedProducts", "captions_of", "model_fingerprint"]
@@ -114,8 +115,8 @@ class EncodedProducts:
         def encode(chosen: list[int]) -> list[np.ndarray]:
             batch = [texts[i] for i in chosen]
             longest = min(encoder.max_length, max(encoder.count(text) for text in batch))
-            on_cpu = encoder.device.type == "cpu"
-            with torch.autocast("cpu", torch.bfloat16, enabled=on_cpu):
+            fast = encoder.device.type == "cpu" and cpu_has_bfloat16()
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 embedding = encoder.encode(batch, pad_to=longest)
             self.cut |= {text: cut for text, cut in zip(batch, embedding.cut, strict=True) if cut}
             rows = torch.cat([embedding.pooled.unsqueeze(1), embedding.tokens], 1).cpu().numpy().astype(np.float16)

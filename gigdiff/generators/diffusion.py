@@ -22,17 +22,12 @@ from gigdiff.generators.request import Capabilities, EditStart, GenerationReques
 from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
+from gigdiff.precision import embedded_dtype
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
 
 __all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"]
 
 OnStep = Callable[[int, int], None]
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm); emulated it would be slow."""
-    mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
 
 
 def _loras(request: GenerationRequest) -> tuple[list[str], list[float]]:
@@ -82,10 +77,7 @@ class DiffusionGenerator:
     ) -> None:
         self.name, self.folder = name, folder
         self.device = torch.device(device)
-        if dtype is None:
-            fast = self.device.type != "cpu" or _cpu_has_bfloat16()
-            dtype = torch.bfloat16 if fast else torch.float32
-        self.dtype = dtype
+        self.dtype = dtype or embedded_dtype(self.device)
         # Weights stay float32: autocast rounds them once a call, and a LoRA or an EMA copy can be put in at any time.
         # (torch's own `to`: diffusers' warns of modules to keep in float32 even where there are none.)
         move = torch.nn.Module.to

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from gigdiff.errors import ModelMismatchError, ModelNotFoundError, NumericalError
-from gigdiff.generators.diffusion import OnStep, _cpu_has_bfloat16
+from gigdiff.generators.diffusion import OnStep
 from gigdiff.generators.request import Capabilities, GenerationRequest, GenerationResult, validate
 from gigdiff.images import to_model, to_uint8
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.one_pass import load_one_pass
 from gigdiff.models.vae import VaeOutput
+from gigdiff.precision import embedded_dtype
 from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.text import TextEncoder, load_text_encoder
 
@@ -66,10 +67,7 @@ class OnePassGenerator:
     ) -> None:
         self.name, self.folder = name, folder
         self.device = torch.device(device)
-        if dtype is None:
-            fast = self.device.type != "cpu" or _cpu_has_bfloat16()
-            dtype = torch.bfloat16 if fast else torch.float32
-        self.dtype = dtype
+        self.dtype = dtype or embedded_dtype(self.device)
         move = torch.nn.Module.to
         self.model: Any = move(model, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.vae: Any = vae
