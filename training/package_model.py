@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.fit.config import parse_config
 from gigdiff.generators.diffusion import load_unet, save_folder
-from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
+from gigdiff.generators.shared_vae import same_encoder
+from gigdiff.models.autoencoder import load_autoencoder
 
 #: Scores of a report that go onto the card, and what they are called there.
 SCORES = {
@@ -54,13 +54,6 @@ class PackageConfig:
     guidance_high: float | None = None
     reports: tuple[str, ...] = ()
     training: str = ""
-
-
-def same_encoder(a: ProductAutoencoder, b: ProductAutoencoder) -> bool:
-    """Whether both give the same latents: the UNet knows no others. (Weights in a model folder are rounded to half.)"""
-    ours, theirs = a.state_dict(), b.state_dict()
-    names = [name for name in ours if not name.startswith("decoder.")]
-    return all(n in theirs and torch.equal(ours[n].half(), theirs[n].half()) for n in names)
 
 
 def read_scores(reports: tuple[str, ...]) -> tuple[dict[str, float], list[dict[str, Any]]]:

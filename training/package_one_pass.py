@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from package_model import read_scores, same_encoder, score_table  # beside this file
+from package_model import read_scores, score_table  # beside this file
 
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.fit.config import parse_config
-from gigdiff.generators.one_pass import latent_space_of, save_one_pass
+from gigdiff.generators.one_pass import save_one_pass
+from gigdiff.generators.shared_vae import latent_space_of, same_encoder
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.one_pass import load_one_pass
 from gigdiff.pretrained import EMBEDDED, folder_of

@@ -24,10 +24,9 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
-from gigdiff.data import load_products
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.diffusion import add_noise, log_sigmas, min_snr_weight, timesteps_of, velocity
-from gigdiff.errors import GigdiffError, InputError
+from gigdiff.errors import GigdiffError
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
@@ -35,6 +34,7 @@ from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
+from gigdiff.fit.splits import encoded_splits
 from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_folder
 from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
@@ -243,9 +243,6 @@ def loss_of(unet: torch.nn.Module, batch: Batch, table: torch.Tensor, snr_gamma:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(DiffusionConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
-    source = config.train_data_dir or config.dataset_name
-    if source is None:
-        raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
     check_size("--height", config.height)
     check_size("--width", config.width)
     out = Path(config.output_dir)
@@ -259,29 +256,12 @@ def main(argv: list[str] | None = None) -> None:
 
     vae = load_autoencoder(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
     encoder: TextEncoder = load_text_encoder(config.text_encoder, str(device))
-    encoded = {}
-    for part, split, limit in (
-        ("train", config.train_split, config.max_train_samples),
-        ("held-out", config.validation_split, config.num_validation_images),
-    ):
-        encoded[part] = EncodedProducts(
-            load_products(source, split=split, limit=limit),
-            vae,
-            encoder,
-            height=config.height,
-            width=config.width,
-            captions_per_image=config.captions_per_image,
-            cache_dir=config.cache_dir,
-            seed=config.seed,
-            share=(process, processes),
-        )
-    accelerator.wait_for_everyone()
-    for data in encoded.values():
-        data.refresh()
-    train, length = encoded["train"], encoder.max_length
+    size = (config.height, config.width)
+    train, held_out_products = encoded_splits(config, vae, encoder, accelerator, size=size, captions_seed=config.seed)
+    length = encoder.max_length
     if train.cut and main_process:
         print(f"{len(train.cut)} captions were longer than {length} tokens and were condensed", file=sys.stderr)
-    held_out = [batch.to(device) for batch in fixed_batches(encoded["held-out"], config, length)]
+    held_out = [batch.to(device) for batch in fixed_batches(held_out_products, config, length)]
 
     unet = build_unet(config, vae.config["latent_channels"], encoder.dim)
     if config.init_from is not None:

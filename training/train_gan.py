@@ -24,7 +24,6 @@ from accelerate.utils import ProjectConfiguration
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
-from gigdiff.data import load_products
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.augmentation import DRAWS, AdaptiveStrength, augment
@@ -42,8 +41,10 @@ from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
-from gigdiff.generators.one_pass import OnePassGenerator, latent_space_of, save_one_pass
+from gigdiff.fit.splits import encoded_splits
+from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
 from gigdiff.generators.request import check_size
+from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
@@ -330,9 +331,6 @@ def gigaflops(model: torch.nn.Module, *inputs: torch.Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(GanConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
-    source = config.train_data_dir or config.dataset_name
-    if source is None:
-        raise InputError("no training data: give --train_data_dir DIR or --dataset_name ID")
     check_size("--height", config.height)
     check_size("--width", config.width)
     penalty_kind = config.checked_penalty()
@@ -350,27 +348,15 @@ def main(argv: list[str] | None = None) -> None:
     if config.space == "latent":
         vae = load_autoencoder(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
     encoder: TextEncoder = load_text_encoder(config.text_encoder, str(device))
-    train, held_out = (
-        EncodedProducts(
-            load_products(source, split=split, limit=limit),
-            vae,
-            encoder,
-            height=config.height,
-            width=config.width,
-            captions_per_image=config.captions_per_image,
-            cache_dir=config.cache_dir,
-            seed=config.seed if config.captions_seed is None else config.captions_seed,
-            share=(process, processes),
-            attributes_only=config.condition_on == "attributes",
-        )
-        for split, limit in (
-            (config.train_split, config.max_train_samples),
-            (config.validation_split, config.num_validation_images),
-        )
+    train, held_out = encoded_splits(
+        config,
+        vae,
+        encoder,
+        accelerator,
+        size=(config.height, config.width),
+        captions_seed=config.seed if config.captions_seed is None else config.captions_seed,
+        attributes_only=config.condition_on == "attributes",
     )
-    accelerator.wait_for_everyone()
-    train.refresh()
-    held_out.refresh()
     length = encoder.max_length
 
     if vae is None:

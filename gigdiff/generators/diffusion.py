@@ -19,9 +19,10 @@ from gigdiff.attention import set_attention
 from gigdiff.diffusion import guided
 from gigdiff.errors import CapabilityError, ModelMismatchError, ModelNotFoundError, NumericalError
 from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
+from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
-from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.precision import embedded_dtype
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
 
@@ -127,7 +128,7 @@ class DiffusionGenerator:
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFoundError(f"{folder} is not a gigdiff model folder: {error}") from error
         unet = load_unet(folder / "unet")
-        vae = load_autoencoder(folder / "vae")
+        vae = autoencoder_of(folder, card)
         scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder / "scheduler")
         encoder = load_text_encoder(card.get("text_encoder", "minilm"), str(device))
         if unet.config.in_channels != vae.config["latent_channels"]:
@@ -550,7 +551,13 @@ def load_unet(folder: str | Path) -> Any:
 
 
 def save_folder(
-    folder: str | Path, unet: Any, vae: ProductAutoencoder, scheduler: Any, card: dict[str, Any], *, half: bool = True
+    folder: str | Path,
+    unet: Any,
+    vae: ProductAutoencoder | None,
+    scheduler: Any,
+    card: dict[str, Any],
+    *,
+    half: bool = True,
 ) -> Path:
     """Write a model folder that `gigdiff.load` and diffusers' StableDiffusionPipeline.from_pretrained both read.
 
@@ -558,13 +565,15 @@ def save_folder(
 
     Args:
         folder: where; it must not exist, or be a model folder to replace.
-        unet, vae, scheduler: the parts.
+        unet, vae, scheduler: the parts. vae None: the card names a `shared_vae` (gigdiff.generators.shared_vae); a
+            stock pipeline is then given it, `from_pretrained(folder, vae=load_autoencoder(...), ...)`.
         card: content of gigdiff.json, see gigdiff.pretrained.
         half: store weights in float16.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for part, model in (("unet", unet), ("vae", vae)):
+    parts = {"unet": unet} | ({} if vae is None else {"vae": vae})
+    for part, model in parts.items():
         stored: Any = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
         (torch.nn.Module.half(stored) if half else stored).save_pretrained(folder / part, safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
@@ -579,7 +588,7 @@ def save_folder(
         "text_encoder": [None, None],
         "tokenizer": [None, None],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["gigdiff.models.autoencoder", "ProductAutoencoder"],
+        "vae": [None, None] if vae is None else ["gigdiff.models.autoencoder", "ProductAutoencoder"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "gigdiff.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import shutil
 import time
@@ -24,15 +23,15 @@ from torch import Tensor
 from gigdiff.errors import ModelMismatchError, ModelNotFoundError, NumericalError
 from gigdiff.generators.diffusion import OnStep
 from gigdiff.generators.request import Capabilities, GenerationRequest, GenerationResult, validate
+from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_uint8
-from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.one_pass import load_one_pass
 from gigdiff.models.vae import VaeOutput
 from gigdiff.precision import embedded_dtype
-from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.text import TextEncoder, load_text_encoder
 
-__all__ = ["OnePassGenerator", "latent_space_of", "save_one_pass"]
+__all__ = ["OnePassGenerator", "save_one_pass"]
 
 
 class OnePassGenerator:
@@ -110,7 +109,7 @@ class OnePassGenerator:
         if not (folder / "generator").is_dir():
             raise ModelMismatchError(f"{folder} is of family {card.get('family')!r}, but holds no generator/")
         model = load_one_pass(folder / "generator")
-        vae = _autoencoder(folder, card)
+        vae = None if card.get("space", "latent") == "pixel" else autoencoder_of(folder, card)
         encoder = load_text_encoder(card.get("text_encoder", "minilm"), str(device))
         wanted = 3 if vae is None else vae.config["latent_channels"]
         if model.config["channels"] != wanted:
@@ -207,33 +206,6 @@ class OnePassGenerator:
                     f"left out: {embedding.cut[0]}"
                 )
         return torch.cat([conditions[text] for text in texts]), notes
-
-
-def _autoencoder(folder: Path, card: dict[str, Any]) -> ProductAutoencoder | None:
-    """The folder's own autoencoder, the embedded model's that it shares, or None for a model of pixels."""
-    if card.get("space", "latent") == "pixel":
-        return None
-    shared = card.get("shared_vae")
-    if shared is None:
-        return load_autoencoder(folder / "vae")
-    if shared not in EMBEDDED:
-        raise ModelMismatchError(f'{folder} draws through the autoencoder of "{shared}", which is no embedded model')
-    vae = load_autoencoder(folder_of(shared) / "vae")
-    if latent_space_of(vae) != card.get("latent_space"):
-        raise ModelMismatchError(
-            f'{folder} was trained on the latents of another autoencoder than that of "{shared}" (latent space '
-            f"{card.get('latent_space')}, there it is {latent_space_of(vae)}): train it again or store its own"
-        )
-    return vae
-
-
-def latent_space_of(vae: ProductAutoencoder) -> str:
-    """16 hex digits of what makes the latents: encoder and statistics, rounded to half. A decoder may change."""
-    whole = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        if not name.startswith("decoder."):
-            whole.update(name.encode() + tensor.detach().cpu().half().contiguous().numpy().tobytes())
-    return whole.hexdigest()[:16]
 
 
 def save_one_pass(

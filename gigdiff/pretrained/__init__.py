@@ -13,7 +13,7 @@ and for "gan" and "vae":
     truncation   default of that control
     space        "latent" or "pixel"
     shared_vae   the embedded model whose autoencoder it draws through, where it has none of its own
-    latent_space hash of the encoder it was trained on, see gigdiff.generators.one_pass
+    latent_space hash of the encoder it was trained on, see gigdiff.generators.shared_vae
 """
 
 from __future__ import annotations

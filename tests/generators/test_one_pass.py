@@ -14,9 +14,10 @@ import torch
 import gigdiff
 from gigdiff.cli import main
 from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, NumericalError
-from gigdiff.generators import one_pass
-from gigdiff.generators.one_pass import OnePassGenerator, latent_space_of, save_one_pass
+from gigdiff.generators import shared_vae
+from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
 from gigdiff.generators.request import GenerationRequest, ImageGenerator
+from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
 from gigdiff.models.vae import ConditionalVae
@@ -152,7 +153,7 @@ class TestSharedAutoencoder:
         """An embedded model "mini" whose autoencoder is the tests'."""
         vae = autoencoder()
         copy.deepcopy(vae).half().save_pretrained(tmp_path / "mini" / "vae")
-        monkeypatch.setattr(one_pass, "folder_of", lambda name: tmp_path / name)
+        monkeypatch.setattr(shared_vae, "folder_of", lambda name: tmp_path / name)
         return vae
 
     def test_a_model_without_one_uses_that_of_the_model_it_names(self, embedded, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 import gigdiff
 from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.generators import one_pass
-from gigdiff.generators.one_pass import latent_space_of, save_one_pass
+from gigdiff.generators.one_pass import save_one_pass
+from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.gan import StyleGenerator
 

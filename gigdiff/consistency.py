@@ -1,0 +1,74 @@
+"""Consistency distillation as pure functions: the knots, the teacher's step between two of them, and the distance.
+
+A consistency model f maps a point of any noise level on the teacher's probability-flow path straight to the path's
+clean end (Song et al. 2023, arXiv 2303.01469). It is trained only at the knots that it is sampled at: those of
+diffusers' LCMScheduler with `original_inference_steps` = count (Luo et al. 2023, arXiv 2310.04378), so that sampling in
+1, 2, 4 ... steps (divisors of the count) visits nothing it has not been trained on.
+
+Notation of gigdiff.diffusion: z = alpha x + beta e, v-prediction, log sigma = log(beta / alpha).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gigdiff.errors import InputError
+
+__all__ = ["huber", "knot_timesteps", "solver_step"]
+
+
+def knot_timesteps(count: int, num_train_timesteps: int = 1000) -> Tensor:
+    """int64 (count + 1,): timestep 0, which stands for clean, then `count` knots in equal steps up to the noisiest.
+
+    Raises:
+        InputError: a count that does not divide the schedule.
+    """
+    if count < 1 or num_train_timesteps % count:
+        raise InputError(f"{count} knots do not divide {num_train_timesteps} timesteps: take 4, 5, 8, 10, 20 ...")
+    stride = num_train_timesteps // count
+    return torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(1, count + 1) * stride - 1])
+
+
+def _levels(log_sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha, beta of log_sigma (N,), shaped to broadcast over `like` (N, ...)."""
+    sigma = log_sigma.exp().view(-1, *[1] * (like.ndim - 1))
+    alpha = (1 + sigma.square()).rsqrt()
+    return alpha, sigma * alpha
+
+
+def solver_step(
+    clean: Callable[[Tensor, Tensor], Tensor], z: Tensor, log_sigma: Tensor, next_log_sigma: Tensor
+) -> Tensor:
+    """One step of DPM-Solver++(2S) (Lu et al. 2022, arXiv 2211.01095, algorithm 1, r = 1/2) down the teacher's path.
+
+    With h = lambda' - lambda (lambda = -log sigma), from z to the middle in lambda and then, by the clean estimate made
+    in the middle, from z all the way: z' = (beta' / beta) z - alpha' (exp(-h) - 1) x.
+
+    Args:
+        clean: (z (N, ...), log_sigma (N,)) -> the teacher's (guided) estimate of x, like z; called twice.
+        z: noisy latents (N, ...). log_sigma: where they are (N,). next_log_sigma: where to go (N,), lower.
+    """
+
+    def move(x: Tensor, to: Tensor) -> Tensor:
+        beta = _levels(log_sigma, z)[1]
+        alpha_to, beta_to = _levels(to, z)
+        shrink = torch.expm1(to - log_sigma).view(-1, *[1] * (z.ndim - 1))  # exp(-h) - 1
+        return beta_to / beta * z - alpha_to * shrink * x
+
+    middle = (log_sigma + next_log_sigma) / 2
+    halfway = move(clean(z, log_sigma), middle)
+    return move(clean(halfway, middle), next_log_sigma)
+
+
+def huber(made: Tensor, target: Tensor) -> Tensor:
+    """(N,): sqrt(|made - target|^2 + c^2) - c over each sample, c = 0.00054 sqrt(its size).
+
+    The pseudo-Huber distance of Song and Dhariwal 2023 (arXiv 2310.14189, section 3.3): every sample pulls about alike,
+    however noisy its level.
+    """
+    difference = (made - target).flatten(1)
+    c = 0.00054 * difference.shape[1] ** 0.5
+    return (difference.square().sum(1) + c * c).sqrt() - c

@@ -1,0 +1,81 @@
+"""Consistency distillation's functions against closed forms and against the scheduler that samples the student."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+
+from gigdiff.consistency import huber, knot_timesteps, solver_step
+from gigdiff.diffusion import add_noise
+from gigdiff.errors import InputError
+
+
+@pytest.mark.parametrize("knots", [4, 8, 20])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_scheduler_steps_on_the_knots_and_nowhere_else(knots: int, steps: int) -> None:
+    scheduler = LCMScheduler(original_inference_steps=knots, prediction_type="v_prediction")
+    scheduler.set_timesteps(steps)
+    known = knot_timesteps(knots).tolist()
+    assert set(scheduler.timesteps.tolist()) <= set(known)
+    assert scheduler.timesteps[0] == known[-1] == 999
+    assert known[0] == 0 and len(known) == knots + 1
+
+
+def test_knots_must_divide_the_schedule() -> None:
+    with pytest.raises(InputError, match="7 knots do not divide 1000"):
+        knot_timesteps(7)
+
+
+def path_of_a_gaussian(z: torch.Tensor, spread: float, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Where the probability-flow path of data N(0, spread^2) goes: z keeps its rank, so it scales with the marginal."""
+
+    def deviation(log_sigma: torch.Tensor) -> torch.Tensor:
+        variance = log_sigma.exp().square()
+        return ((spread**2 + variance) / (1 + variance)).sqrt().view(-1, 1, 1, 1)
+
+    return z * deviation(end) / deviation(start)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+def test_the_solver_follows_the_exact_path_to_second_order(spread: float) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    start = torch.linspace(0.0, 2.5, 5, dtype=torch.float64)
+
+    def clean(z: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        """E[x | z] of that Gaussian: alpha s^2 / (alpha^2 s^2 + beta^2) z."""
+        variance = log_sigma.exp().square().view(-1, 1, 1, 1)
+        return (1 + variance).sqrt() * spread**2 / (spread**2 + variance) * z
+
+    def error(parts: int) -> float:
+        at, here = z, start
+        for _ in range(parts):
+            there = here - 1.0 / parts
+            at, here = solver_step(clean, at, here, there), there
+        return (at - path_of_a_gaussian(z, spread, start, start - 1.0)).abs().max().item()
+
+    assert error(8) < 2e-3
+    if spread != 1.0:  # there the path is straight and the solver exact from the start
+        assert 3.3 < error(8) / error(16) < 4.7
+
+
+def test_the_solver_lands_on_the_clean_sample_where_the_teacher_knows_it() -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    start = torch.tensor([2.0, 0.5, -1.0], dtype=torch.float64)
+    end = start - torch.tensor([0.5, 3.0, 1.0], dtype=torch.float64)
+    moved = solver_step(lambda z, level: x, add_noise(x, noise, start), start, end)
+    assert torch.allclose(moved, add_noise(x, noise, end), atol=1e-12)
+
+
+def test_huber_by_hand_and_its_pull_is_alike_for_far_and_near() -> None:
+    made = torch.zeros(2, 1, 1, 4)
+    target = torch.stack([torch.full((1, 1, 4), 3.0), torch.full((1, 1, 4), 0.5)])
+    c = 0.00054 * 2
+    expected = torch.tensor([(36 + c * c) ** 0.5 - c, (1 + c * c) ** 0.5 - c])
+    assert torch.allclose(huber(made, target), expected)
+    made.requires_grad_(True)
+    huber(made, target).sum().backward()
+    assert torch.allclose(made.grad.flatten(1).norm(dim=1), torch.ones(2), atol=1e-5)
+    assert huber(target, target).tolist() == [0.0, 0.0]
