@@ -3,6 +3,11 @@
     python training/package_model.py --unet_run runs/diffusion_mini --vae runs/autoencoder_mini_sharp/autoencoder \
         --reports "[runs/quality/mini/report-names.json, runs/quality/mini/report-short.json]" \
         --output_dir gigdiff/pretrained/mini
+
+A student of distill.py, which draws through its teacher's autoencoder:
+
+    python training/package_model.py --unet_run runs/distill_mini --shared_vae mini --num_inference_steps 4 \
+        --guidance_scale 1 --output_dir gigdiff/pretrained/mini-turbo
 """
 
 from __future__ import annotations
@@ -13,13 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler
+import diffusers
 
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.fit.config import parse_config
 from gigdiff.generators.diffusion import load_unet, save_folder
-from gigdiff.generators.shared_vae import same_encoder
-from gigdiff.models.autoencoder import load_autoencoder
+from gigdiff.generators.shared_vae import autoencoder_of, latent_space_of, same_encoder
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 
 #: Scores of a report that go onto the card, and what they are called there.
 SCORES = {
@@ -34,7 +39,8 @@ class PackageConfig:
     """What goes into the folder.
 
     Args:
-        unet_run: run folder of train_diffusion.py, with model/.
+        unet_run: run folder of train_diffusion.py or distill.py, with model/.
+        shared_vae: embedded model whose autoencoder it draws through, so that the decoder is stored once.
         vae: autoencoder folder; its encoder must be the one that the UNet was trained with. Default: the run's own.
         output_dir: the model folder to write.
         num_inference_steps: default steps.
@@ -46,6 +52,7 @@ class PackageConfig:
     """
 
     unet_run: str = "runs/diffusion_mini"
+    shared_vae: str | None = None
     vae: str | None = None
     output_dir: str = "gigdiff/pretrained/mini"
     num_inference_steps: int = 20
@@ -82,9 +89,27 @@ def score_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def model_card(config: PackageConfig, name: str, channels: int, parameters: int, reports: list[dict[str, Any]]) -> str:
+def model_card(
+    config: PackageConfig, name: str, channels: int, card: dict[str, Any], solver: str, reports: list[dict[str, Any]]
+) -> str:
     """README.md of the model folder."""
     count = reports[0]["settings"].get("count", "1000") if reports else 0
+    teacher, parameters = card.get("distilled_from"), card["parameters"]
+    defaults = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
+    if teacher is None:
+        high = "infinity" if config.guidance_high is None else f"{config.guidance_high:g}"
+        defaults += f", applied for sigma from\n  {config.guidance_low:g} to {high}"
+        what = "from a description"
+    else:
+        defaults += (
+            f"; {teacher}'s guidance of\n  {card['baked_guidance']:g} is baked in, and negative prompts do nothing"
+        )
+        what = f"from a description\nin 1, 2 or 4 steps, distilled from `{teacher}`"
+    decoder = "`vae/`: gigdiff's ProductAutoencoder"
+    stock = "from_pretrained(folder, text_encoder=None, tokenizer=None)"
+    if config.shared_vae is not None:
+        decoder = f"The autoencoder is that of `{config.shared_vae}` (stored there)"
+        stock = "from_pretrained(folder, vae=load_autoencoder(...), text_encoder=None, tokenizer=None)"
     return f"""---
 license: apache-2.0
 library_name: gigdiff
@@ -93,19 +118,18 @@ pipeline_tag: text-to-image
 
 # {name}
 
-A latent diffusion model that draws product photos of 80 x 64 pixels (height x width) from a description,
+A latent diffusion model that draws product photos of 80 x 64 pixels (height x width) {what},
 small enough to run on a CPU: {parameters / 1e6:.1f} M parameters, not counting the text encoder
 (all-MiniLM-L6-v2, 22.7 M), which is not in this folder.
 
     import gigdiff
     gigdiff.generate("red wool coat", model="{name}")
 
-- **Parts.** `unet/`: diffusers' UNet2DConditionModel, v-prediction. `vae/`: gigdiff's ProductAutoencoder, 8x8
-  pixels to {channels} channels. `scheduler/`: DPM-Solver++(2M). Stored in float16.
-- **Defaults.** {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, applied for sigma from
-  {config.guidance_low:g} to {"infinity" if config.guidance_high is None else f"{config.guidance_high:g}"}.
+- **Parts.** `unet/`: diffusers' UNet2DConditionModel, v-prediction. {decoder}, 8x8
+  pixels to {channels} channels. `scheduler/`: {solver}. Stored in float16.
+- **Defaults.** {defaults}.
 - **Stock diffusers** reads this folder too, with prompt embeddings from gigdiff:
-  `StableDiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)(prompt_embeds=..., ...)`.
+  `StableDiffusionPipeline.{stock}(prompt_embeds=..., ...)`.
 
 ## Data
 
@@ -142,8 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(config.unet_run) / "model"
     if not (source / "gigdiff.json").is_file():
         raise ModelNotFoundError(
-            f"no {source / 'gigdiff.json'}: give --unet_run the output_dir of a finished run of train_diffusion.py"
+            f"no {source / 'gigdiff.json'}: give --unet_run the output_dir of a finished run of train_diffusion.py or "
+            "distill.py"
         )
+    if config.shared_vae is not None and config.vae is not None:
+        raise InputError("--shared_vae and --vae were both given: the decoder is either another model's or its own")
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
     unet = load_unet(source / "unet")
     vae = own = load_autoencoder(source / "vae")
@@ -154,7 +181,13 @@ def main(argv: list[str] | None = None) -> None:
                 f"{config.vae} has another encoder than the autoencoder that {source} was trained with: only a decoder "
                 "trained with --decoder_only true --init_from that autoencoder fits"
             )
-    scheduler = DPMSolverMultistepScheduler.from_pretrained(source / "scheduler")
+    stored: ProductAutoencoder | None = vae
+    if config.shared_vae is not None:
+        card |= {"shared_vae": config.shared_vae, "latent_space": latent_space_of(vae)}
+        autoencoder_of(source, card)  # which makes sure that it is the one
+        stored = None
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source / "scheduler")
     scores, reports = read_scores(config.reports)
     parameters = sum(p.numel() for m in (unet, vae) for p in m.parameters())
     card |= {
@@ -165,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         "guidance_scale": config.guidance_scale,
         "guidance_interval": [config.guidance_low, config.guidance_high],
     }
-    out = save_folder(config.output_dir, unet, vae, scheduler, card)
-    text = model_card(config, out.name, vae.config["latent_channels"], parameters, reports)
+    out = save_folder(config.output_dir, unet, stored, scheduler, card)
+    text = model_card(config, out.name, vae.config["latent_channels"], card, type(scheduler).__name__, reports)
     (out / "README.md").write_text(text, encoding="utf-8")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(json.dumps({"model": str(out), "parameters": parameters, "megabytes": round(size / 1e6, 1)}))

@@ -28,10 +28,10 @@ KEYS = ("loss", "grad_norm", "validation_loss", "validation_one_step_error")
 def flags(teacher: Path, catalogue: Path, cache: Path, out: Path) -> list[str]:
     return [
         "--teacher", str(teacher), "--train_data_dir", str(catalogue), "--cache_dir", str(cache), "--output_dir",
-        str(out), "--max_train_steps", str(STEPS), "--validation_steps", "20", "--preview_steps", "100",
-        "--checkpointing_steps", "5", "--train_batch_size", "4", "--captions_per_image", "2", "--report_to", "none",
-        "--lr_warmup_steps", "2", "--knots", "4", "--guidance_scale", "2", "--learning_rate", "2e-3",
-        "--validation_prompts", "[red handbag, blue watch]",
+        str(out), "--max_train_steps", str(STEPS), "--validation_steps", "5", "--preview_steps", "100",
+        "--checkpointing_steps", "5", "--train_batch_size", "8", "--captions_per_image", "2", "--report_to", "none",
+        "--lr_warmup_steps", "2", "--knots", "4", "--guidance_scale", "2", "--learning_rate", "3e-4",
+        "--ema_decay", "0.8", "--validation_prompts", "[red handbag, blue watch]",
     ]  # fmt: skip
 
 
