@@ -28,7 +28,7 @@ from gigdiff.images import fit_image, fitted_box, to_pil
 from gigdiff.pictures import Picture, describe_changes, open_mask, open_picture
 from gigdiff.postprocess import padded_size, postprocess
 from gigdiff.provenance import complete, metadata, pixel_hash
-from gigdiff.recolouring import asked_colour, colour_rgb, match_palette, recolour
+from gigdiff.recolouring import asked_colour, match_palette, recolour, worn_rgb
 
 if TYPE_CHECKING:
     from gigdiff.safety import Safety
@@ -171,7 +171,7 @@ def _without_model(
 ) -> tuple[Image.Image, str]:
     """The edits that are arithmetic, and what to call them in the file."""
     if colour is not None:
-        return recolour(picture, colour_rgb(colour)), f"recolour to {colour}"
+        return recolour(picture, worn_rgb(colour)), f"recolour to {colour}"
     if reference is not None:
         return match_palette(picture, open_picture(reference, "reference_image")), "restyle by a reference"
     named = background if isinstance(background, str) else "a picture"

@@ -9,7 +9,7 @@ from PIL import Image
 import gigdiff
 from gigdiff.colour import rgb_to_lab
 from gigdiff.errors import InputError
-from gigdiff.recolouring import asked_colour, colour_rgb
+from gigdiff.recolouring import WORN_CHROMA, asked_colour, colour_rgb, worn_rgb
 
 
 def photo(height: int = 120, width: int = 90, colour: tuple[int, int, int] = (180, 40, 45)) -> Image.Image:
@@ -38,7 +38,7 @@ class TestRecolour:
         assert (after[ground] == 255).all() and out.size == picture.size
         goods = (slice(26, 55), slice(24, 66))
         reached, wanted = (
-            np.median(rgb_to_lab(a).reshape(-1, 3), axis=0) for a in (after[goods], np.array(colour_rgb(name))[None])
+            np.median(rgb_to_lab(a).reshape(-1, 3), axis=0) for a in (after[goods], np.array(worn_rgb(name))[None])
         )
         wanted[0] = np.clip(wanted[0], 14, 93)
         assert np.linalg.norm(reached - wanted) < 12, (reached, wanted)
@@ -48,6 +48,14 @@ class TestRecolour:
         if source != (225, 222, 220):
             print_ = rgb_to_lab(after[62:66, 34:42])[..., 0].mean()
             assert print_ > 85, "a white print stays white"
+
+    def test_a_named_colour_is_as_goods_wear_it_and_a_number_is_exact(self):
+        assert worn_rgb("#ff0000") == (255, 0, 0)
+        assert worn_rgb("grey") == pytest.approx(colour_rgb("grey"), abs=1)
+        named, worn = (rgb_to_lab(np.array(f("red"))) for f in (colour_rgb, worn_rgb))
+        assert np.hypot(*worn[1:]) == pytest.approx(WORN_CHROMA * np.hypot(*named[1:]), rel=0.02)
+        assert worn[0] == pytest.approx(named[0], abs=1)
+        assert np.arctan2(worn[2], worn[1]) == pytest.approx(np.arctan2(named[2], named[1]), abs=0.02)
 
     def test_a_sentence_is_a_recolouring(self):
         assert asked_colour("the same coat, but in a dark red.") == "dark red" and asked_colour("coat in red") is None
