@@ -32,16 +32,18 @@ def latents(generator, scheduler: str | None, steps: int) -> torch.Tensor:
     return generator._denoise(validate(request, generator.capabilities), None)[0]
 
 
-# Distance to DDIM's 200 steps, as a share of how far sampling moved: first-order solvers differ by O(1 / steps).
+# Root mean square distance to DDIM's 200 steps, as a share of how far sampling moved the noise. Euler is the same one
+# in other coordinates (seen: 0.00005). Those of second order were 0.036 and 0.032 off in 50 steps, DDIM in 50 0.063;
+# extrapolated from DDIM's 50 and 200 steps, its 200 are themselves 0.021 off.
 @pytest.mark.parametrize(
-    ("name", "steps", "tolerance"), [("euler", 200, 0.01), ("dpm++", 60, 0.02), ("unipc", 60, 0.02)]
+    ("name", "steps", "tolerance"), [("euler", 200, 0.001), ("dpm++", 200, 0.03), ("unipc", 200, 0.03)]
 )
 def test_solvers_of_one_equation_meet_at_many_steps(tiny, exact: torch.Tensor, name: str, steps: int, tolerance: float):
     drawn = latents(tiny, name, steps)
     noise = torch.randn(drawn.shape[1:], generator=torch.Generator().manual_seed(3))
     moved = float((exact - noise).square().mean().sqrt())
     assert moved > 0.1
-    assert float((drawn - exact).square().mean().sqrt()) < tolerance * moved
+    assert float((drawn - exact).square().mean().sqrt()) / moved < tolerance
     assert not torch.equal(drawn, exact)
 
 
