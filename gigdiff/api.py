@@ -55,6 +55,10 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attention: str = "auto",
+    *,
+    offload: str | None = None,
+    vae_tiling: bool = False,
+    vae_slicing: bool = False,
 ) -> ImageGenerator:
     """Loads a model afresh; see `gigdiff.generators.loading.load` for arguments and errors.
 
@@ -62,7 +66,15 @@ def load(
     """
     from gigdiff.generators.loading import load
 
-    return load(name_or_path, device=device, dtype=dtype, attention=attention)
+    return load(
+        name_or_path,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        offload=offload,
+        vae_tiling=vae_tiling,
+        vae_slicing=vae_slicing,
+    )
 
 
 @overload
@@ -80,6 +92,7 @@ def generate(
     lora: Lora = ...,
     lora_scale: float | Sequence[float] = ...,
     truncation: float | None = ...,
+    scheduler: str | None = ...,
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
     progress: bool = ...,
@@ -105,6 +118,7 @@ def generate(
     lora: Lora = ...,
     lora_scale: float | Sequence[float] = ...,
     truncation: float | None = ...,
+    scheduler: str | None = ...,
     batch_size: int | None = ...,
     device: str | torch.device | None = ...,
     progress: bool = ...,
@@ -129,6 +143,7 @@ def generate(
     lora: Lora = None,
     lora_scale: float | Sequence[float] = 1.0,
     truncation: float | None = None,
+    scheduler: str | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -156,6 +171,8 @@ def generate(
         lora: a LoRA file, folder or hub id, or a list of several to use together; None takes out what was in.
         lora_scale: strength, 1 = as trained; one for all, or one each.
         truncation: 0 to 2, for GANs and VAEs; below 1 = nearer to the most typical picture of the prompt.
+        scheduler: "ddim", "euler", "dpm++", "unipc" or "lcm"; None = the model's own solver. Not for one-pass models,
+            nor for flow matching (SD3, FLUX).
         batch_size: images drawn at once; None = as many as make about half a million pixels, at most 32.
         device: "cpu", "cuda", "mps"; None = the best there is. Not for a model that is loaded already.
         progress: a progress bar on stderr.
@@ -186,6 +203,7 @@ def generate(
         lora=lora,
         lora_scale=lora_scale,
         truncation=truncation,
+        scheduler=scheduler,
     )
     parts = list(
         iter_results(
@@ -219,6 +237,7 @@ def build_request(
     lora: Lora = None,
     lora_scale: float | Sequence[float] = 1.0,
     truncation: float | None = None,
+    scheduler: str | None = None,
 ) -> GenerationRequest:
     """`generate`'s arguments as a request of one prompt and one seed an image, prompt-major; a seed is drawn if None.
 
@@ -258,6 +277,7 @@ def build_request(
         lora=_as_text(lora),
         lora_scale=tuple(lora_scale) if isinstance(lora_scale, list) else lora_scale,  # type: ignore[arg-type]
         truncation=truncation,
+        scheduler=scheduler,
     )
 
 

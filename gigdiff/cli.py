@@ -86,10 +86,18 @@ def cli() -> None:
 @click.option(
     "--truncation", type=float, help="0 to 2, for GANs and VAEs; below 1 = more typical. [default: the model's]"
 )
+@click.option("--scheduler", help="Solver: ddim, euler, dpm++, unipc or lcm. [default: the model's own]")
 @saving_options
 @click.option("--batch-size", type=int, help="Images drawn at once. [default: by their size]")
 @click.option("--block-names", is_flag=True, help="Refuse prompts that name a known brand or celebrity.")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
+@click.option(
+    "--offload",
+    type=click.Choice(["model", "sequential"]),
+    help="Keep parts of a pipeline off the GPU until they are used (CUDA).",
+)
+@click.option("--vae-tiling", is_flag=True, help="A pipeline decodes in tiles: large pictures in little memory.")
+@click.option("--vae-slicing", is_flag=True, help="A pipeline decodes one picture of a batch after another.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def generate(prompts: tuple[str, ...], **options: Any) -> None:
@@ -125,6 +133,9 @@ def _generate(
     steps: int | None,
     batch_size: int | None,
     device: str | None,
+    offload: str | None,
+    vae_tiling: bool,
+    vae_slicing: bool,
     quiet: bool,
     verbose: bool,
     **settings: Any,
@@ -160,11 +171,17 @@ def _generate(
 
     if not quiet:
         click.echo(f"gigdiff: loading {model}", err=True)
+    generator: Any = model
+    if offload or vae_tiling or vae_slicing:
+        from gigdiff.api import load
+
+        generator = load(model, device, offload=offload, vae_tiling=vae_tiling, vae_slicing=vae_slicing)
+        device = None  # it is the loaded model's
     drawn: list[Any] = []
     results = []
     for result in iter_results(
         request,
-        model=model,
+        model=generator,
         batch_size=batch_size,
         device=device,
         progress=not quiet,

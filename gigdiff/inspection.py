@@ -95,6 +95,7 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Ima
         lora=names or None,
         lora_scale=scales or 1.0,
         truncation=float(fields["truncation"]) if "truncation" in fields else None,
+        scheduler=fields.get("scheduler"),
     )
     upscale = fields.get("upscaler", False)
     result = api.join_results(

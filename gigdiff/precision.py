@@ -15,7 +15,14 @@ from gigdiff.errors import InputError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MIXED_PRECISIONS", "cpu_has_bfloat16", "embedded_dtype", "training_device", "training_precision"]
+__all__ = [
+    "MIXED_PRECISIONS",
+    "autocast_dtype",
+    "cpu_has_bfloat16",
+    "embedded_dtype",
+    "training_device",
+    "training_precision",
+]
 
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
 
@@ -75,3 +82,10 @@ def training_precision(asked: str) -> str:
             file=sys.stderr,
         )
     return asked
+
+
+def autocast_dtype(mixed_precision: str) -> torch.dtype:
+    """What Accelerate's autocast computes in under "no", "bf16" or "fp16": float32 for the first."""
+    import torch
+
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]

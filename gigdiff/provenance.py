@@ -89,6 +89,7 @@ def _shared(result: GenerationResult) -> dict[str, str]:
         "num_inference_steps": str(request.num_inference_steps or ""),
         "guidance_scale": "" if request.guidance_scale is None else f"{request.guidance_scale:g}",
         "truncation": "" if request.truncation is None else f"{request.truncation:g}",
+        "scheduler": request.scheduler or "",
         "lora": "\n".join(f"{lora} at {scale:g}" for lora, scale in request.adapters()),
         "notes": "\n".join(result.notes),
         **result.extra,

@@ -48,6 +48,8 @@ def test_everything_is_reported(hub, capsys):
         "device",
         "dtype",
         "attention",
+        "sdpa_flash",
+        "sliced",
         "text encoder",
         "mini",
         "hub",

@@ -62,7 +62,7 @@ from gigdiff.lora import (
     read_lora,
     save_lora,
 )
-from gigdiff.precision import training_precision
+from gigdiff.precision import autocast_dtype, embedded_dtype, training_precision
 from gigdiff.provenance import metadata, weights_hash
 
 ROOT = Path(__file__).parents[1]
@@ -645,7 +645,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         for network in parts.values():
             network.eval()
         if family.name == "mini":
-            set_attention(model, "auto")
+            set_attention(model, "auto", dtype=embedded_dtype(model.device))  # as the generator that will draw with it
         try:
             with torch.no_grad(), ema.applied_to(adapter):
                 yield
@@ -654,7 +654,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
 
     def train_mode() -> None:
         if family.name == "mini":
-            set_attention(model, config.attention, training=True)
+            set_attention(model, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
         for network in parts.values():
             network.train()
 

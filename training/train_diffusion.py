@@ -39,7 +39,7 @@ from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_fol
 from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.widen import copy_leading
-from gigdiff.precision import training_precision
+from gigdiff.precision import autocast_dtype, training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.init_from is not None:
         copy_leading(load_unet(config.init_from), unet)
     unet = unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    chosen = set_attention(unet, config.attention, training=True)
+    chosen = set_attention(unet, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     scheduler = build_scheduler()
     table = log_sigmas(scheduler.alphas_cumprod).to(device)
     ema = Ema(unet, config.ema_decay)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from gigdiff.attention import set_attention
 from gigdiff.diffusion import guided
-from gigdiff.errors import CapabilityError, ModelMismatchError, ModelNotFoundError, NumericalError
+from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, ModelNotFoundError, NumericalError
 from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
 from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.precision import embedded_dtype
+from gigdiff.schedulers import build_scheduler, possible_schedulers
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
 
 __all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"]
@@ -87,7 +88,7 @@ class DiffusionGenerator:
         self.scheduler = scheduler
         self.text_encoder = text_encoder
         self.guidance_interval = guidance_interval
-        self.attention = set_attention(self.unet, attention)
+        self.attention = set_attention(self.unet, attention, dtype=self.dtype)
         self.slots = AdapterSlots({"unet": self.unet}, name, folder, self.unet.unload_lora)
         self._remembered: dict[str, TextEmbedding] = {}
         self.capabilities = Capabilities(
@@ -100,6 +101,7 @@ class DiffusionGenerator:
             image_to_image=True,
             inpaint=True,
             lora=True,
+            schedulers=possible_schedulers(scheduler),
         )
 
     @classmethod
@@ -244,7 +246,10 @@ class DiffusionGenerator:
         if scale != 1.0:
             negative, more = self._embed(request.negative_prompts or ("",) * len(request))
             notes += more
-        scheduler = copy.deepcopy(self.scheduler)  # it keeps state between steps
+        if request.scheduler is None:
+            scheduler = copy.deepcopy(self.scheduler)  # it keeps state between steps
+        else:
+            scheduler = build_scheduler(request.scheduler, self.scheduler, request.num_inference_steps)
         scheduler.set_timesteps(request.num_inference_steps)
         shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
         # The same draw as a stock diffusers pipeline given a list of CPU generators.
@@ -368,6 +373,7 @@ class PipelineGenerator:
             image_to_image=True,
             inpaint=True,
             lora=hasattr(pipeline, "load_lora_weights"),
+            schedulers=possible_schedulers(pipeline.scheduler),
         )
         names = ("unet", "transformer", "text_encoder", "text_encoder_2")
         parts = {part: getattr(pipeline, part) for part in names if getattr(pipeline, part, None) is not None}
@@ -383,15 +389,35 @@ class PipelineGenerator:
         dtype: torch.dtype | None = None,
         attention: str = "auto",
         name: str | None = None,
+        offload: str | None = None,
+        vae_tiling: bool = False,
+        vae_slicing: bool = False,
     ) -> PipelineGenerator:
-        """Load a diffusers folder (safetensors only, no remote code)."""
+        """Load a diffusers folder (safetensors only, no remote code).
+
+        Args:
+            offload, vae_tiling, vae_slicing: see gigdiff.load. Offloading has not been run: it needs CUDA.
+
+        Raises:
+            InputError, MissingDependencyError: attention, or an autoencoder that has no tiling or slicing.
+        """
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
-        ).to(device)
-        if attention != "auto" and getattr(pipeline, "unet", None) is not None:
-            set_attention(pipeline.unet, attention)
+        )
+        if offload is None:
+            pipeline.to(device)
+        model: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        if model is not None:
+            set_attention(model, attention, device=device)
+        for option, method in ((vae_tiling, "enable_tiling"), (vae_slicing, "enable_slicing")):
+            if option:
+                _enable_on_vae(pipeline, method)
+        if offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
         return cls(pipeline, name=name or str(folder), folder=Path(folder))
 
     def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
@@ -414,6 +440,32 @@ class PipelineGenerator:
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
         notes = self.slots.use(*_loras(request))
+        with self._solver(request):
+            output = self._run(request, edit, on_step)
+        blocked = [i for i, hit in enumerate(getattr(output, "nsfw_content_detected", None) or []) if hit]
+        if blocked:
+            raise NumericalError(
+                f"{self.name}'s safety checker blacked out image {blocked[0]}, "
+                f"{request.prompts[blocked[0]]!r}. Change the prompt or the seed."
+            )
+        images = to_uint8(output.images.float().cpu() * 2 - 1)
+        notes = tuple(dict.fromkeys((*notes, *self._cut(request.prompts))))
+        return GenerationResult(images, request, self.name, time.perf_counter() - started, notes)
+
+    @contextlib.contextmanager
+    def _solver(self, request: GenerationRequest) -> Iterator[None]:
+        """Inside, the pipeline has the request's solver; afterwards its own again."""
+        own = self.pipeline.scheduler
+        if request.scheduler is not None:
+            assert request.num_inference_steps
+            self.pipeline.scheduler = build_scheduler(request.scheduler, own, request.num_inference_steps)
+        try:
+            yield
+        finally:
+            self.pipeline.scheduler = own
+
+    def _run(self, request: GenerationRequest, edit: EditStart | None, on_step: OnStep | None) -> Any:
+        """The pipeline's output for a request that was validated."""
         pipeline = self.pipeline if edit is None else self._editing(edit)
         parameters = inspect.signature(pipeline.__call__).parameters
         arguments: dict[str, Any] = {
@@ -441,16 +493,7 @@ class PipelineGenerator:
                 return kwargs
 
             arguments["callback_on_step_end"] = report
-        output = pipeline(**arguments)
-        blocked = [i for i, hit in enumerate(getattr(output, "nsfw_content_detected", None) or []) if hit]
-        if blocked:
-            raise NumericalError(
-                f"{self.name}'s safety checker blacked out image {blocked[0]}, "
-                f"{request.prompts[blocked[0]]!r}. Change the prompt or the seed."
-            )
-        images = to_uint8(output.images.float().cpu() * 2 - 1)
-        notes = tuple(dict.fromkeys((*notes, *self._cut(request.prompts))))
-        return GenerationResult(images, request, self.name, time.perf_counter() - started, notes)
+        return pipeline(**arguments)
 
     def _prompts(self, request: GenerationRequest) -> dict[str, Any]:
         """The pipeline's arguments for the prompts: their embeddings where all are remembered."""
@@ -461,7 +504,7 @@ class PipelineGenerator:
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.device
+        return self.pipeline._execution_device  # under offloading, `pipeline.device` is where it rests
 
     def embed(
         self, texts: Sequence[str], *, guidance: bool = False, max_length: int | None = None
@@ -531,6 +574,19 @@ class PipelineGenerator:
             if len(ids) > limit:
                 left_out = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip()
                 yield f"the prompt is longer than the {limit} tokens that {self.name} reads; left out: {left_out}"
+
+
+def _enable_on_vae(pipeline: Any, method: str) -> None:
+    """Calls the autoencoder's enable_tiling or enable_slicing.
+
+    Raises:
+        InputError: it has none.
+    """
+    vae = getattr(pipeline, "vae", None)
+    if not hasattr(vae, method):
+        option = method.replace("enable", "vae")
+        raise InputError(f"{option}: {type(pipeline).__name__}'s {type(vae).__name__} has no such mode; leave it out.")
+    getattr(vae, method)()
 
 
 def load_unet(folder: str | Path) -> Any:

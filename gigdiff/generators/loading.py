@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gigdiff.attention import BACKENDS
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError, nearest
 from gigdiff.generators.request import ImageGenerator
 from gigdiff.pretrained import EMBEDDED, card, folder_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_folder", "load", "pick_device", "pick_dtype", "resolve"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION = ("auto", "sdpa", "xformers", "math")
+OFFLOAD = ("model", "sequential")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Parts of a pipeline that have a config and no weights of their own.
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
@@ -38,6 +39,10 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attention: str = "auto",
+    *,
+    offload: str | None = None,
+    vae_tiling: bool = False,
+    vae_slicing: bool = False,
 ) -> ImageGenerator:
     """Loads a model, ready to draw.
 
@@ -47,20 +52,30 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
         dtype: "float32", "bfloat16", "float16"; None leaves it to gigdiff's own models, and for others takes
             float32 on the CPU and half precision on a GPU.
-        attention: "auto", "sdpa", "xformers" or "math"; see `gigdiff doctor` for what is usable here.
+        attention: a backend of gigdiff.attention; see `gigdiff doctor` for what is usable here.
+        offload: for big pipelines on small GPUs (CUDA): "model" keeps each part on the GPU only while it works,
+            "sequential" each layer (least memory, slow). Not for gigdiff's own models, which need no gigabyte.
+        vae_tiling: a pipeline's autoencoder works in tiles: large pictures in little memory, faint changes at seams.
+        vae_slicing: its autoencoder decodes one picture of a batch after another.
 
     Raises:
-        InputError: a device, dtype or attention that does not exist or is not here.
+        InputError: a device, dtype, attention or offload that does not exist, is not here or not for this model.
+        MissingDependencyError: an attention that needs what is not installed; says what installs it.
         ModelNotFoundError: no such model (the nearest name is given), or files of it are missing (they are named).
         ModelMismatchError: the folder holds something else than a model that draws.
     """
-    if attention not in ATTENTION:
-        raise InputError(f"attention={attention!r} is unknown; {nearest(str(attention), ATTENTION)}.")
+    if attention not in BACKENDS:
+        raise InputError(f"attention={attention!r} is unknown; {nearest(str(attention), BACKENDS)}.")
+    if offload is not None and offload not in OFFLOAD:
+        raise InputError(f"offload={offload!r} is unknown; {nearest(str(offload), OFFLOAD)}.")
     folder, name = resolve(name_or_path)
     index = check_folder(folder, name)
     own = (folder / "gigdiff.json").is_file()
     family = card(folder).get("family", "unreadable") if own else "pipeline"
     device = pick_device(device)
+    savings = {"offload": offload, "vae_tiling": vae_tiling, "vae_slicing": vae_slicing}
+    savings = {option: value for option, value in savings.items() if value}
+    _check_savings(savings, name, own, device)
     # gigdiff's own models choose for themselves, by what the device is fast at and what keeps pixels reproducible.
     dtype = None if own and dtype is None else pick_dtype(dtype, device)
 
@@ -80,7 +95,9 @@ def load(
         )
     try:
         with _no_loading_bars():
-            return classes[family].from_pretrained(folder, device=device, dtype=dtype, attention=attention, name=name)
+            return classes[family].from_pretrained(
+                folder, device=device, dtype=dtype, attention=attention, name=name, **savings
+            )
     except GigdiffError:
         raise
     except Exception as error:
@@ -91,6 +108,20 @@ def load(
             f'"{name}" ({folder}) does not load as {index["_class_name"]}: {type(error).__name__}: {first_line} '
             "Its weights and configs must come from one save of one model; save or download it again."
         ) from error
+
+
+def _check_savings(savings: dict[str, Any], name: str, own: bool, device: torch.device) -> None:
+    """Raises InputError where a way to save memory was asked for that is of no use, or that can't be had."""
+    if savings and own:
+        raise InputError(
+            f'{", ".join(savings)}: "{name}" is one of gigdiff\'s own models, which need little memory: it is '
+            "not needed there, leave it out."
+        )
+    if "offload" in savings and device.type != "cuda":
+        raise InputError(
+            f"offload={savings['offload']!r} moves parts of a model between main memory and a CUDA GPU, and this runs "
+            f"on {device}: leave it out."
+        )
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from gigdiff.errors import CapabilityError, InputError
+from gigdiff.schedulers import check_scheduler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +58,7 @@ class Capabilities:
         size_range: least and greatest height or width.
         text: follows a prompt. guidance, negative_prompt, image_to_image, inpaint, lora, truncation: has that control.
         default_truncation: truncation when the request names none; 1.0 = off.
+        schedulers: the solvers of gigdiff.schedulers that it can draw with; () = none but its own.
     """
 
     default_size: tuple[int, int]
@@ -74,6 +76,7 @@ class Capabilities:
     lora: bool = False
     truncation: bool = False
     default_truncation: float = 1.0
+    schedulers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class GenerationRequest:
         lora: paths or hub ids of LoRA files, used together; one text or several, kept as a tuple, () for none.
         lora_scale: their strengths, 1.0 = as trained; one for all or one each, kept as a tuple of as many as loras.
         truncation: 0 to 2, for GANs and VAEs: how far from the most typical picture of a prompt; 1 = as trained.
+        scheduler: "ddim", "euler", "dpm++", "unipc" or "lcm", see gigdiff.schedulers; None = the model's own solver.
 
     Raises:
         InputError: anything else; the message says what was given, what is allowed and what mends it.
@@ -108,6 +112,7 @@ class GenerationRequest:
     lora: str | tuple[str, ...] | None = None
     lora_scale: float | tuple[float, ...] = 1.0
     truncation: float | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "negative_prompts"):
@@ -145,6 +150,7 @@ class GenerationRequest:
         object.__setattr__(self, "lora_scale", scales)
         if self.truncation is not None:
             check_number("truncation", self.truncation, 0.0, MAX_TRUNCATION, "1 is as trained")
+        check_scheduler(self.scheduler)
 
     def __len__(self) -> int:
         """The number of images asked for."""
@@ -309,6 +315,16 @@ def validate(request: GenerationRequest, capabilities: Capabilities, model: str 
         raise CapabilityError(f"truncation={truncation:g} was given, but {model} has none; leave it out.")
     if truncation is None and can.truncation:
         truncation = can.default_truncation
+    if request.scheduler is not None and request.scheduler not in can.schedulers:
+        if can.max_steps == 1:
+            why = "draws in one pass"
+        elif can.schedulers:
+            why = f"draws with {', '.join(can.schedulers)}"
+        else:
+            why = (
+                "draws with its own solver alone (flow matching, as in SD3 and FLUX, is not what the named ones solve)"
+            )
+        raise CapabilityError(f'scheduler="{request.scheduler}" was given, but {model} {why}; leave it out.')
     return replace(
         request,
         height=height,
