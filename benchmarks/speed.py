@@ -86,11 +86,13 @@ def against(part: str, args: argparse.Namespace, batch: int | None, bases: Seque
             built[name] = build()
         except NotHere as reason:
             reasons[name] = str(reason)
+    if not any(name in bases for name in built) or all(name in bases for name in built):
+        built = {}  # nothing to hold against each other
     seconds = interleaved(built, args.repeats)
     memory = {name: peak_alone(part, name, args, batch) for name in built}
     images = batch or args.train_batch_size * args.train_steps
     rows: Rows = []
-    for name in (name for name in (*built, *reasons) if name not in bases):
+    for name in (name for name in builders(part, args, batch or 1) if name not in bases):
         for base in bases:
             row: dict[str, Any] = {"way": name, "against": base, "batch": batch}
             row["goal"] = GOALS.get((part, name, base, batch))
@@ -111,7 +113,11 @@ def inference(args: argparse.Namespace) -> Rows:
         found, built = against("inference", args, batch, (STOCK, STOCK_BF16))
         likeness = psnr(built[OURS](), built[STOCK]())
         # Always to stock's float32 pixels, whatever the speed is held against.
-        rows += [row | {"psnr_db": likeness["all"], "psnr_worst_db": likeness["worst"]} for row in found]
+        shown = {"psnr_db": likeness["all"], "psnr_worst_db": likeness["worst"]}
+        shown = {
+            key: "identical" if value == float("inf") else value for key, value in shown.items()
+        }  # JSON has no inf
+        rows += [row | shown for row in found]
     return rows
 
 

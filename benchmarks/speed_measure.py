@@ -29,7 +29,8 @@ def interleaved(ways: Mapping[str, Way], repeats: int) -> dict[str, list[float]]
         ways[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
             began = time.perf_counter()
             ways[name]()
             seconds[name].append(time.perf_counter() - began)
@@ -109,7 +110,8 @@ def shown(value: Any) -> str:
 COLUMNS = {
     "way": "way", "against": "against", "batch": "batch", "ratio": "times faster (rounds)", "goal": "goal",
     "seconds": "seconds", "base_seconds": "seconds of the other", "memory_mb": "peak MB",
-    "base_memory_mb": "peak MB of the other", "images_per_second": "images/s", "psnr_db": "PSNR dB, worst",
+    "base_memory_mb": "peak MB of the other", "images_per_second": "images/s", "psnr_db": "PSNR dB",
+    "psnr_worst_db": "worst image's",
     "difference_seconds": "seconds more", "threads": "threads", "status": "status",
 }  # fmt: skip
 
