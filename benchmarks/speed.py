@@ -40,7 +40,7 @@ from gigdiff.benchmark import environment
 from gigdiff.evaluation import plain, write_text
 from gigdiff.generators.loading import resolve
 from gigdiff.pretrained import card
-from gigdiff.speed import load_average, peak_memory
+from gigdiff.speed import load_average
 
 BASELINE = "import torch, diffusers, transformers"
 Rows = list[dict[str, Any]]
@@ -206,21 +206,20 @@ def peak_alone(part: str, way: str, args: argparse.Namespace, batch: int | None)
         return None
     settings = vars(args) | {"output": str(args.output), "alone": None, "parts": []}
     words = [sys.executable, __file__, "--alone", json.dumps([part, way, batch, settings])]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path.cwd())
-    if done.returncode:
-        log(f"no peak memory of {way}: {done.stderr.strip().splitlines()[-1:]}")
+    try:
+        _, memory, output = measure.timed_process(words, Path.cwd())
+    except RuntimeError as error:
+        log(f"no peak memory of {way}: {str(error).splitlines()[-1]}")
         return None
-    return float(done.stdout.splitlines()[-1])
+    return float(output.split()[-1]) if args.device == "cuda" else memory
 
 
 def run_alone(part: str, way: str, batch: int | None, settings: dict[str, Any]) -> float:
-    """What `peak_alone` starts."""
+    """What `peak_alone` starts; torch's peak allocation on a GPU in MB."""
     args = argparse.Namespace(**settings | {"output": Path(settings["output"])})
     work = builders(part, args, batch or 1)[way]()
     work(), work()
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return (peak_memory() or 0) / 2**20
+    return torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else 0.0
 
 
 PARTS = {"inference": inference, "student": student, "cold": cold, "training": training, "scaling": scaling}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -58,17 +57,26 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     return {"all": decibels(float(errors.mean())), "worst": decibels(float(errors.max()))}
 
 
-def timed_process(words: Sequence[str], cwd: Path) -> tuple[float, float]:
-    """(seconds, peak memory in MB) of a process, from its start to its end."""
-    began = time.perf_counter()
-    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(words[:6])} failed:\n{errors.decode()[-2000:]}")
-    return time.perf_counter() - began, usage.ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+# A child's ru_maxrss begins at the memory of the process that forked it: a small one has to stand between.
+LAUNCH = """
+import json, os, subprocess, sys, time
+began = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+print()
+print(json.dumps([time.perf_counter() - began, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+"""
+
+
+def timed_process(words: Sequence[str], cwd: Path) -> tuple[float, float, str]:
+    """(seconds, peak memory in MB, stdout) of a process, from its start to its end. Not on Windows."""
+    line = [sys.executable, "-S", "-c", LAUNCH, *words]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
+    output, _, last = done.stdout.rstrip().rpartition("\n")
+    seconds, memory, status = json.loads(last or "[0, 0, 1]")
+    if status:
+        raise RuntimeError(f"{' '.join(words[:6])} failed:\n{done.stderr[-2000:]}")
+    return seconds, memory / (1024**2 if sys.platform == "darwin" else 1024), output
 
 
 def import_seconds(report: str) -> dict[str, float]:

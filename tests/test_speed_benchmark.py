@@ -53,6 +53,14 @@ def test_psnr_against_its_definition() -> None:
     assert measure.psnr(black, off) == found  # uint8 must not wrap around
 
 
+def test_a_processs_memory_is_its_own_and_not_that_of_who_started_it() -> None:
+    ballast = np.ones(40_000_000)  # 320 MB here
+    seconds, memory, output = measure.timed_process([sys.executable, "-S", "-c", "print('drawn')"], ROOT)
+    assert ballast.nbytes > 3e8 and 0 < memory < 100 and seconds > 0 and output.strip() == "drawn"
+    with pytest.raises(RuntimeError, match="no such thing"):
+        measure.timed_process([sys.executable, "-S", "-c", "raise SystemExit('no such thing')"], ROOT)
+
+
 def test_imports_that_only_one_side_pays_are_added_up_by_package() -> None:
     header = "import time: self [us] | cumulative | imported package\n"
     base = measure.import_seconds(header + "import time:       100 |        100 |   torch\n")
