@@ -37,7 +37,8 @@ class PackageConfig:
 def model_card(name: str, config: PackageConfig, parameters: int, flops: float, results: dict[str, dict]) -> str:
     """README.md of the folder."""
     rows = "\n".join(
-        f"| {kind} | {row['psnr']:.2f} | {row['perceptual']:.4f} | {row.get('images_per_second', 0):.1f} |"
+        f"| {kind} | {row['psnr']:.2f} | {row['perceptual']:.4f} | "
+        + (f"{row['images_per_second']:.1f} |" if "images_per_second" in row else "|")
         for kind, row in results.items()
     )
     table = f"| | PSNR, dB | perceptual distance | images/s |\n| --- | ---: | ---: | ---: |\n{rows}"
