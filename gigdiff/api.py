@@ -22,6 +22,7 @@ from gigdiff.generators.request import (
     check_prompt,
     validate,
 )
+from gigdiff.presets import chosen_by
 from gigdiff.products import Product
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def generate(
     prompt: Prompt | Sequence[Prompt],
     *,
     model: str | os.PathLike[str] | ImageGenerator = ...,
+    preset: str | None = ...,
     negative_prompt: str | Sequence[str] | None = ...,
     num_images_per_prompt: int = ...,
     num_inference_steps: int | None = ...,
@@ -108,6 +110,7 @@ def generate(
     prompt: Prompt | Sequence[Prompt],
     *,
     model: str | os.PathLike[str] | ImageGenerator = ...,
+    preset: str | None = ...,
     negative_prompt: str | Sequence[str] | None = ...,
     num_images_per_prompt: int = ...,
     num_inference_steps: int | None = ...,
@@ -133,6 +136,7 @@ def generate(
     prompt: Prompt | Sequence[Prompt],
     *,
     model: str | os.PathLike[str] | ImageGenerator = "mini",
+    preset: str | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     num_images_per_prompt: int = 1,
     num_inference_steps: int | None = None,
@@ -162,6 +166,7 @@ def generate(
             beyond what the model reads is listed in the result's `notes` and in each image's `.info["notes"]`.
         model: an embedded model's name, a folder, a hub id, or what `gigdiff.load` returned. A model loaded by name is
             kept for the next call.
+        preset: "best", "balanced" or "fast" in place of model and steps, see gigdiff.presets.
         negative_prompt: what to steer away from, one for all prompts or one each; needs guidance_scale above 1.
         num_images_per_prompt: 1 to 10,000.
         num_inference_steps: 1 to 1000; None = the model's default, as for the next three.
@@ -191,6 +196,7 @@ def generate(
         ModelNotFoundError, ModelMismatchError: the model. NumericalError: NaN came out; nothing is returned.
         BlockedError: a safety filter said no.
     """
+    model, num_inference_steps = chosen_by(preset, model, num_inference_steps)
     request = build_request(
         prompt,
         negative_prompt=negative_prompt,

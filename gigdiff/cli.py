@@ -76,6 +76,7 @@ def cli() -> None:
 @click.option("--grid", is_flag=True, help="Also write a contact sheet.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("-m", "--model", default="mini", show_default=True, help="Embedded model, folder or hub id.")
+@click.option("--preset", help="best, balanced or fast, in place of a model and steps.")
 @click.option("--negative-prompt", help="What to steer away from; needs a guidance scale above 1.")
 @click.option("--steps", "--num-inference-steps", type=int, help="Denoising steps, 1 to 1000. [default: the model's]")
 @click.option("--guidance-scale", "--guidance", type=float, help="0 to 100, 1 = off. [default: the model's]")
@@ -130,6 +131,7 @@ def _generate(
     sign_key: str | None,
     sign_algorithm: str,
     model: str,
+    preset: str | None,
     steps: int | None,
     batch_size: int | None,
     device: str | None,
@@ -141,7 +143,9 @@ def _generate(
     **settings: Any,
 ) -> None:
     from gigdiff.api import build_request, iter_results, join_results
+    from gigdiff.presets import chosen_by
 
+    model, steps = chosen_by(preset, model, steps)
     scales = settings["lora_scale"]
     settings["lora_scale"] = scales if len(scales) > 1 else scales[0] if scales else 1.0
     signer, steps_after, safety = signer_of(sign_cert, sign_key, sign_algorithm), parse_post(post), None

@@ -40,7 +40,7 @@ def copied(tiny_model: Path, tmp_path: Path) -> Path:
 
 class TestGenerate:
     def test_a_prompt_becomes_a_picture(self, tiny_model):
-        image = gigdiff.generate("red wool coat", model=tiny_model, seed=7)
+        image = gigdiff.generate("red wool coat", model=tiny_model, seed=7, upscale=False)
         assert image.mode == "RGB" and image.size == (64, 80)
         assert len(np.unique(pixels(image))) > 10
         assert image.info["weights"] == weights_hash(tiny_model) and image.info["seed"] == "7"
@@ -74,11 +74,20 @@ class TestGenerate:
         request = gigdiff.GenerationRequest(prompts=("coat", "bag"), seeds=(1, 2))
         result = generator.generate(request)
         assert result.images.shape == (2, 80, 64, 3) and result.request.num_inference_steps == 3
-        np.testing.assert_array_equal(pixels(gigdiff.generate("bag", model=generator, seed=2)), result.images[1])
+        np.testing.assert_array_equal(
+            pixels(gigdiff.generate("bag", model=generator, seed=2, upscale=False)), result.images[1]
+        )
 
     def test_other_sizes_and_settings(self, tiny_model):
         image = gigdiff.generate(
-            "coat", model=tiny_model, height=96, width=64, guidance_scale=3.0, negative_prompt="blue", seed=1
+            "coat",
+            model=tiny_model,
+            height=96,
+            width=64,
+            guidance_scale=3.0,
+            negative_prompt="blue",
+            seed=1,
+            upscale=False,
         )
         assert image.size == (64, 96)
         with pytest.raises(InputError, match=r"multiples of 8 from 40 to .*80 x 64"):

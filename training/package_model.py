@@ -49,6 +49,7 @@ class PackageConfig:
         guidance_high: highest sigma at which guidance is applied; none = no limit.
         reports: reports of benchmarks/quality.py whose scores go onto the card.
         training: how it was trained, in a sentence or two.
+        training_cost: the same as a few words for the benchmark's table: photos seen, minutes, processor.
     """
 
     unet_run: str = "runs/diffusion_mini"
@@ -61,6 +62,7 @@ class PackageConfig:
     guidance_high: float | None = None
     reports: tuple[str, ...] = ()
     training: str = ""
+    training_cost: str = ""
 
 
 def read_scores(reports: tuple[str, ...]) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -193,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     card |= {
         "parameters": parameters,
         "licence": "Apache-2.0",
+        "training_cost": config.training_cost,
         "scores": scores,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,

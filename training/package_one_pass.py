@@ -43,6 +43,7 @@ class PackageOnePassConfig:
         truncation: default truncation; none = the run's.
         reports: reports of benchmarks/quality.py whose scores go onto the card.
         training: how it was trained, in a sentence or two.
+        training_cost: the same as a few words for the benchmark's table: photos seen, minutes, processor.
     """
 
     run: str = "runs/gan_mini"
@@ -53,6 +54,7 @@ class PackageOnePassConfig:
     truncation: float | None = None
     reports: tuple[str, ...] = ()
     training: str = ""
+    training_cost: str = ""
 
 
 def model_card(config: PackageOnePassConfig, name: str, card: dict[str, Any], kind: str, reports: list) -> str:
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     scores, reports = read_scores(config.reports)
     if config.truncation is not None:
         card["truncation"] = config.truncation
-    card |= {"licence": "Apache-2.0", "scores": scores}
+    card |= {"licence": "Apache-2.0", "training_cost": config.training_cost, "scores": scores}
     out = save_one_pass(config.output_dir, model, stored, card)
     text = model_card(config, out.name, card, type(model).__name__, reports)
     (out / "README.md").write_text(text, encoding="utf-8")

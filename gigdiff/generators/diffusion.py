@@ -30,6 +30,7 @@ from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
 __all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"]
 
 OnStep = Callable[[int, int], None]
+RECENT_TEXTS = 256
 
 
 def _loras(request: GenerationRequest) -> tuple[list[str], list[float]]:
@@ -91,6 +92,7 @@ class DiffusionGenerator:
         self.attention = set_attention(self.unet, attention, dtype=self.dtype)
         self.slots = AdapterSlots({"unet": self.unet}, name, folder, self.unet.unload_lora)
         self._remembered: dict[str, TextEmbedding] = {}
+        self._recent: dict[str, TextEmbedding] = {}
         self.capabilities = Capabilities(
             default_size=(height, width),
             default_steps=num_inference_steps,
@@ -225,8 +227,7 @@ class DiffusionGenerator:
 
     def _embed(self, texts: tuple[str, ...]) -> tuple[Tensor, list[str]]:
         """Conditions (N, 1 + L, D) and notes on what was cut. Texts are encoded alone: neighbours don't matter."""
-        known = self._remembered
-        embedded = {text: known.get(text) or self.text_encoder.encode([text]) for text in dict.fromkeys(texts)}
+        embedded = {text: self._embedding(text) for text in dict.fromkeys(texts)}
         notes = [
             f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
             f"left out: {e.cut[0]}"
@@ -234,6 +235,16 @@ class DiffusionGenerator:
             if e.cut[0]
         ]
         return torch.cat([embedded[text].condition() for text in texts]).to(self.device), notes
+
+    def _embedding(self, text: str) -> TextEmbedding:
+        """One text's embedding; the last few hundred are kept: "" comes back with every image, prompts with seeds."""
+        if text in self._remembered:
+            return self._remembered[text]
+        found = self._recent.pop(text, None) or self.text_encoder.encode([text])
+        self._recent[text] = found  # the newest is last
+        if len(self._recent) > RECENT_TEXTS:
+            del self._recent[next(iter(self._recent))]
+        return found
 
     @torch.no_grad()
     def _denoise(

@@ -2,18 +2,22 @@
 
 A folder holds gigdiff.json for `gigdiff models`:
 
-    family       "diffusion", "gan" or "vae": which generator class draws with it
-    parameters   count of all its weights
-    licence      of the weights
-    scores       measured name -> value
+    family         "diffusion", "gan" or "vae": which generator class draws with it
+    parameters     count of all its weights
+    licence        of the weights
+    training_cost  photos seen, time and processor, in words
+    scores         measured name -> value
     height, width, num_inference_steps, guidance_scale    what it draws when not told otherwise
+
+and where it draws through another embedded model's autoencoder:
+
+    shared_vae     that model
+    latent_space   hash of the encoder it was trained on, see gigdiff.generators.shared_vae
 
 and for "gan" and "vae":
 
-    truncation   default of that control
-    space        "latent" or "pixel"
-    shared_vae   the embedded model whose autoencoder it draws through, where it has none of its own
-    latent_space hash of the encoder it was trained on, see gigdiff.generators.shared_vae
+    truncation     default of that control
+    space          "latent" or "pixel"
 """
 
 from __future__ import annotations

@@ -137,7 +137,13 @@ def test_every_family_trains_resumes_saves_and_reloads(
 
     # Preview = inference: gigdiff.generate with the file gives the last preview's pixels.
     side = {} if config.resolution is None else {"height": 64, "width": 64}
-    arguments: dict[str, Any] = {"model": gigdiff.load(folder), "seed": 0, "num_inference_steps": 2, **side}
+    arguments: dict[str, Any] = {
+        "model": gigdiff.load(folder),
+        "seed": 0,
+        "num_inference_steps": 2,
+        "upscale": False,
+        **side,
+    }
     plain = np.asarray(gigdiff.generate("red box", **arguments))
     before, after = (Image.open(out / "previews" / f"step-00000{s}" / "prompt-0-seed-0.png") for s in (0, 4))
     assert np.array_equal(np.asarray(before.convert("RGB")), plain)
@@ -205,7 +211,9 @@ def test_variants_resume_exactly_and_draw_what_was_previewed(changes: dict, conf
     assert losses(again.output_dir) == losses(config.output_dir)
     assert equal(weights(again.output_dir), weights(config.output_dir))
     model = config.pretrained_model_name_or_path
-    drawn = gigdiff.generate("red box", model=model, lora=config.output_dir, seed=0, num_inference_steps=2)
+    drawn = gigdiff.generate(
+        "red box", model=model, lora=config.output_dir, seed=0, num_inference_steps=2, upscale=False
+    )
     with Image.open(Path(config.output_dir) / "previews" / "step-000004" / "prompt-0-seed-0.png") as preview:
         assert np.array_equal(np.asarray(preview.convert("RGB")), np.asarray(drawn))
 

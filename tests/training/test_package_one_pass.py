@@ -14,7 +14,7 @@ import torch
 
 import gigdiff
 from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
-from gigdiff.generators import one_pass
+from gigdiff.generators import shared_vae
 from gigdiff.generators.one_pass import save_one_pass
 from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import ProductAutoencoder
@@ -78,7 +78,7 @@ def test_a_folder_of_its_own_with_card_and_scores(run: Path, tmp_path: Path) -> 
 def test_it_shares_an_embedded_models_decoder_if_the_latents_are_the_same(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (package, one_pass):
+    for module in (package, shared_vae):
         monkeypatch.setattr(module, "folder_of", lambda name: tmp_path / "embedded" / name)
     vae = ProductAutoencoder.from_pretrained(run / "model" / "vae")
     vae.save_pretrained(tmp_path / "embedded" / "mini" / "vae")
