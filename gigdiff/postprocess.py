@@ -39,14 +39,14 @@ __all__ = [
     "white_balance",
 ]
 
-#: Marketplace -> (least, greatest) pixels of the longer side that it takes or recommends. As its help pages said in
-#: 2025; they change, so check before a large job.
+#: Marketplace -> (least, greatest) pixels of the longer side that it takes or recommends, held against public summaries
+#: of their rules in November 2026; they change, so check before a large job.
 MARKETPLACES: dict[str, tuple[int, int]] = {
     "amazon": (1000, 10_000),  # 500 is the least accepted, 1000 makes zoom work
     "ebay": (500, 9000),
     "etsy": (1000, 3000),
-    "google": (250, 8000),  # Merchant Center, apparel; at most 64 megapixels
-    "shopify": (200, 5000),
+    "google": (500, 8000),  # Merchant Center: 500 from January 2027 (apparel was 250); at most 64 megapixels
+    "shopify": (200, 4472),  # 20 megapixels of a square
 }
 RATIOS = {"square": (1, 1)}
 MAX_RATIO = 10

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["measure_speed", "peak_memory"]
@@ -110,6 +111,12 @@ def measure_speed(
 
 def peak_memory() -> int | None:
     """Most memory that this process has had resident, in bytes; None where the system does not say."""
+    # On Linux ru_maxrss begins at the memory of the process that started this one; VmHWM begins anew.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
