@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gigdiff.diffusion import add_noise
 from gigdiff.errors import InputError
 
-__all__ = ["huber", "knot_timesteps", "solver_step"]
+__all__ = ["clean_from", "consistency_distance", "huber", "knot_timesteps", "solver_step"]
 
 
 def knot_timesteps(count: int, num_train_timesteps: int = 1000) -> Tensor:
@@ -61,6 +62,49 @@ def solver_step(
     middle = (log_sigma + next_log_sigma) / 2
     halfway = move(clean(z, log_sigma), middle)
     return move(clean(halfway, middle), next_log_sigma)
+
+
+def clean_from(prediction: Tensor, z: Tensor, log_sigma: Tensor, prediction_type: str) -> Tensor:
+    """The clean latents (N, ...) that a network's output stands for: "epsilon", "v_prediction" or "sample".
+
+    Raises:
+        InputError: another prediction type.
+    """
+    alpha, beta = _levels(log_sigma, z)
+    if prediction_type == "epsilon":
+        return (z - beta * prediction) / alpha
+    if prediction_type == "v_prediction":
+        return alpha * z - beta * prediction
+    if prediction_type == "sample":
+        return prediction
+    raise InputError(f"prediction_type {prediction_type!r}: distillation knows epsilon, v_prediction and sample.")
+
+
+def consistency_distance(
+    student: Callable[[Tensor, Tensor], Tensor],
+    target_of: Callable[[Tensor, Tensor], Tensor],
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    noise: Tensor,
+    knot: Tensor,
+    levels: Tensor,
+) -> Tensor:
+    """(N,): how far the student's ends at two neighbouring knots of the teacher's path lie apart (Luo et al., eq. 13).
+
+    Args:
+        student, target_of: (z, knot (N,)) -> the clean end; the second gives the end at the lower knot, without
+            gradient. At knot 0 it is the point itself over alpha.
+        teacher: (z, log_sigma (N,)) -> the guided teacher's clean estimate.
+        latents, noise: (N, C, h, w). knot: (N,) from 1. levels: log sigma of every knot, (knots + 1,).
+    """
+    here, lower = levels[knot], knot - 1
+    z = add_noise(latents, noise, here)
+    with torch.no_grad():
+        nearer = solver_step(teacher, z, here, levels[lower])
+        alpha = _levels(levels[lower], z)[0]
+        first = (lower == 0).view(-1, *[1] * (z.ndim - 1))
+        target = torch.where(first, nearer / alpha, target_of(nearer, lower))
+    return huber(student(z, knot), target)
 
 
 def huber(made: Tensor, target: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from gigdiff.consistency import huber, knot_timesteps, solver_step
-from gigdiff.diffusion import add_noise
+from gigdiff.consistency import clean_from, consistency_distance, huber, knot_timesteps, solver_step
+from gigdiff.diffusion import add_noise, velocity
 from gigdiff.errors import InputError
 
 
@@ -79,3 +79,33 @@ def test_huber_by_hand_and_its_pull_is_alike_for_far_and_near() -> None:
     huber(made, target).sum().backward()
     assert torch.allclose(made.grad.flatten(1).norm(dim=1), torch.ones(2), atol=1e-5)
     assert huber(target, target).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_kind_of_output_stands_for_the_same_clean_latents(prediction_type: str) -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
+    level = torch.tensor([-2.0, 0.0, 1.0, 2.5], dtype=torch.float64)
+    output = {"epsilon": noise, "v_prediction": velocity(x, noise, level), "sample": x}[prediction_type]
+    z = add_noise(x, noise, level)
+    assert torch.allclose(clean_from(output, z, level, prediction_type), x, atol=1e-10)
+    with pytest.raises(InputError, match="flow"):
+        clean_from(output, z, level, "flow")
+
+
+def test_a_student_that_knows_the_end_is_at_no_distance_and_one_that_does_not_is() -> None:
+    """The teacher knows x, so every point of its path ends there; knot 1's target is the point next to clean."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
+    levels = torch.tensor([-8.0, -1.0, 0.5, 2.0], dtype=torch.float64)
+    knot = torch.tensor([1, 2, 3, 1])
+    asked = []
+
+    def student(z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        asked.append(at.tolist())
+        return x
+
+    distance = consistency_distance(student, student, lambda z, level: x, x, noise, knot, levels)
+    assert distance.max() < 0.02 and asked == [[0, 1, 2, 0], [1, 2, 3, 1]]
+    wrong = consistency_distance(lambda z, at: x + 1, student, lambda z, level: x, x, noise, knot, levels)
+    assert torch.allclose(wrong, torch.full((4,), 18**0.5, dtype=torch.float64), atol=0.05)

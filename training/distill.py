@@ -28,9 +28,9 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
-from gigdiff.consistency import huber, knot_timesteps, solver_step
+from gigdiff.consistency import consistency_distance, knot_timesteps, solver_step
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.diffusion import add_noise, clean_from_velocity, guided, log_sigmas, timesteps_of
+from gigdiff.diffusion import clean_from_velocity, guided, log_sigmas, timesteps_of
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.config import as_yaml, parse_config
@@ -188,19 +188,16 @@ class Distillation:
         return estimate
 
     def losses(self, student: Any, target_of: Any, batch: Batch) -> torch.Tensor:
-        """(N,): how far the student's ends at two neighbouring knots of the teacher's path lie apart.
-
-        `target_of` gives the end at the lower knot, without gradient; at knot 0 it is the point itself over alpha.
-        """
-        z = add_noise(batch.latents, batch.noise, self.levels[batch.knot])
-        with torch.no_grad():
-            lower = batch.knot - 1
-            level = self.levels[lower]
-            nearer = solver_step(self.guided_clean(batch.condition), z, self.levels[batch.knot], level)
-            alpha = (1 + level.exp().square()).rsqrt().view(-1, 1, 1, 1)
-            first = (lower == 0).view(-1, 1, 1, 1)
-            target = torch.where(first, nearer / alpha, self.clean(target_of, nearer, lower, batch.condition))
-        return huber(self.clean(student, z, batch.knot, batch.condition), target)
+        """(N,): `consistency_distance`; `target_of` gives the student's end at the lower knot."""
+        return consistency_distance(
+            lambda z, knot: self.clean(student, z, knot, batch.condition),
+            lambda z, knot: self.clean(target_of, z, knot, batch.condition),
+            self.guided_clean(batch.condition),
+            batch.latents,
+            batch.noise,
+            batch.knot,
+            self.levels,
+        )
 
     def path_end(self, noise: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Where the guided teacher's path from the noisiest knot ends (N, C, h, w), by a solver step a knot."""

@@ -28,10 +28,12 @@ from PIL import Image
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
+from gigdiff.consistency import clean_from, consistency_distance, knot_timesteps
 from gigdiff.data import ProductDataset, load_products
 from gigdiff.data.buckets import BucketOrder, bucket_sizes, spread_quantiles, summary
 from gigdiff.data.encoded import EncodedBuckets, captions_of, model_fingerprint
 from gigdiff.data.splits import hold_out
+from gigdiff.diffusion import guided, log_sigmas, timesteps_of
 from gigdiff.errors import GigdiffError, InputError, MissingDependencyError
 from gigdiff.fit.checkpoint import (
     find_checkpoint,
@@ -128,6 +130,10 @@ class LoraConfig:
         adam_weight_decay: AdamW.
         adam_epsilon: AdamW.
         max_grad_norm: gradient clipping.
+        objective: "denoising", or "consistency": the LoRA makes the model draw in 1 to 8 steps without guidance
+            (LCM-LoRA, Luo et al. 2023, arXiv 2311.05556), by what the guided base model draws; not for SD3 and FLUX.
+        distill_guidance_scale: of "consistency": the base model's guidance, which the LoRA learns.
+        distill_knots: of "consistency": noise levels that the LoRA learns; 50 is LCMScheduler's own number.
         snr_gamma: min-SNR weighting of the loss (5 is usual); not for SD3 and FLUX.
         noise_offset: noise added to whole channels, for very dark or bright pictures (0.1 is usual).
         train_guidance: what a guidance-distilled FLUX is fed in training.
@@ -201,6 +207,9 @@ class LoraConfig:
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    objective: Literal["denoising", "consistency"] = "denoising"
+    distill_guidance_scale: float = 7.5
+    distill_knots: int = 50
     snr_gamma: float | None = None
     noise_offset: float = 0.0
     train_guidance: float = 1.0
@@ -238,6 +247,13 @@ def check(config: LoraConfig) -> None:
     if config.with_prior_preservation and not config.class_prompt:
         raise InputError('--with_prior_preservation needs --class_prompt, such as "a photo of a shoe".')
     training_precision(config.mixed_precision)
+    if config.objective == "consistency":
+        knot_timesteps(config.distill_knots)
+        if config.train_text_encoder or config.snr_gamma is not None or config.with_prior_preservation:
+            raise InputError(
+                "--objective consistency goes without --train_text_encoder, --snr_gamma and --with_prior_preservation: "
+                "what it learns comes from the base model alone."
+            )
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -350,17 +366,23 @@ def read_class_photos(config: LoraConfig) -> ProductDataset:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Latents and noise (N, C, h, w), u (N,) in (0, 1) for noise levels, condition: named tensors (N, ...), texts."""
+    """Latents and noise (N, C, h, w), u (N,) in (0, 1) for noise levels, condition: named tensors (N, ...), texts.
+
+    unguided: the same as condition for the empty prompt, where a guided model is distilled.
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
     u: torch.Tensor
     condition: dict[str, torch.Tensor]
     texts: list[str]
+    unguided: dict[str, torch.Tensor]
 
     def to(self, device: torch.device) -> Batch:
-        condition = {name: tensor.to(device) for name, tensor in self.condition.items()}
-        return Batch(self.latents.to(device), self.noise.to(device), self.u.to(device), condition, self.texts)
+        latents, noise, u = (tensor.to(device) for tensor in (self.latents, self.noise, self.u))
+        told = ({name: t.to(device) for name, t in one.items()} for one in (self.condition, self.unguided))
+        condition, unguided = told
+        return Batch(latents, noise, u, condition, self.texts, unguided)
 
 
 def make_batch(
@@ -390,6 +412,7 @@ def make_batch(
         torch.tensor(levels),
         condition_of(data, photos, texts, family, config),
         texts,
+        unguided_of(data, photos, family, config),
     )
 
 
@@ -403,6 +426,13 @@ def condition_of(
     if family.name == "flux":
         condition["guidance"] = torch.full((len(photos),), config.train_guidance)
     return condition
+
+
+def unguided_of(
+    data: EncodedBuckets, photos: Sequence[int], family: Family, config: LoraConfig
+) -> dict[str, torch.Tensor]:
+    """What the guided base model is told beside the prompt, for distilling it: the empty one. Else nothing."""
+    return condition_of(data, photos, [""] * len(photos), family, config) if config.objective == "consistency" else {}
 
 
 def held_out_batches(data: EncodedBuckets, family: Family, config: LoraConfig) -> list[Batch]:
@@ -421,7 +451,8 @@ def held_out_batches(data: EncodedBuckets, family: Family, config: LoraConfig) -
             texts = [data.captions[photo][0] for photo in photos]
             noise = rng.normal(latents.shape[1:], config.seed, "held-out noise", chosen)
             condition = condition_of(data, photos, texts, family, config)
-            batches.append(Batch(latents, noise, u[chosen], condition, texts))
+            unguided = unguided_of(data, photos, family, config)
+            batches.append(Batch(latents, noise, u[chosen], condition, texts, unguided))
     return batches
 
 
@@ -435,15 +466,26 @@ def preview(generator: Any, config: LoraConfig, prompts: Sequence[str], out: Pat
             request = GenerationRequest(
                 (prompt,),
                 (seed,),
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
                 height=config.resolution,
                 width=config.resolution,
+                **drawing_settings(config),
             )
             result = generator.generate(request)
             about = metadata(result, 0) | {"lora": f"{config.output_dir} at step {step}"}
             save_image(preview_path(out, step, k, seed), result.images[0], about, overwrite=True)
     grid(out, prompts, config.num_validation_images)
+
+
+def drawing_settings(config: LoraConfig) -> dict[str, Any]:
+    """How previews are drawn: a LoRA for few steps in 4 of them, without guidance, by the solver made for it."""
+    settings: dict[str, Any] = {
+        "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale
+    }  # fmt: skip
+    if config.objective == "consistency":
+        few = {"num_inference_steps": 4, "guidance_scale": 1.0}
+        settings = {name: few[name] if value is None else value for name, value in settings.items()}
+        settings["scheduler"] = "lcm"
+    return settings
 
 
 def preview_path(out: Path, step: int, prompt: int, seed: int) -> Path:
@@ -545,6 +587,8 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         dtype = None if (folder / "gigdiff.json").is_file() else WEIGHTS_DTYPE[config.mixed_precision]
         generator: Any = load(config.pretrained_model_name_or_path, device=device, dtype=dtype)
     family = family_of(generator)
+    if config.objective == "consistency" and family.flow:
+        raise InputError(f"--objective consistency is for noise schedules; {family.name} is trained by rectified flow.")
     if not isinstance(generator, DiffusionGenerator) and getattr(generator.pipeline, "safety_checker", None):
         generator.pipeline.safety_checker = None  # not needed for one's own photos, and large
     model = denoiser_of(generator, family)
@@ -686,19 +730,49 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
             headers={stem: header},
         )
 
+    def predict(z: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the network says, float32."""
+        cast = {k: v if k in ("time_ids", "guidance") else v.to(base_dtype) for k, v in condition.items()}
+        z = z.to(base_dtype)
+        if family.name == "mini":
+            z = z.contiguous(memory_format=torch.channels_last)
+        return family.predict(model, z, timesteps, cast).float()
+
+    def distillation_loss(batch: Batch) -> torch.Tensor:
+        """The consistency distance of network and LoRA to what the guided network alone draws."""
+        kind, n = scheduler.config.prediction_type, len(batch.latents)
+        timesteps = knot_timesteps(config.distill_knots, len(scheduler.alphas_cumprod)).to(device)
+        # clamped: schedules of zero terminal SNR have an infinite sigma at the end
+        table = log_sigmas(scheduler.alphas_cumprod).clamp(max=15.0).to(device)
+        both = {name: torch.cat([batch.unguided[name], value]) for name, value in batch.condition.items()}
+
+        def student(z: torch.Tensor, knot: torch.Tensor) -> torch.Tensor:
+            return clean_from(predict(z, timesteps[knot], batch.condition), z, table[timesteps[knot]], kind)
+
+        def teacher(z: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+            model.disable_adapters()
+            t = timesteps_of(log_sigma, table)
+            unconditional, conditional = predict(z.repeat(2, 1, 1, 1), t.repeat(2), both).split(n)
+            model.enable_adapters()
+            return clean_from(guided(unconditional, conditional, config.distill_guidance_scale), z, log_sigma, kind)
+
+        knot = 1 + (batch.u * config.distill_knots).long().clamp(max=config.distill_knots - 1)
+        with accelerator.autocast():
+            return consistency_distance(
+                student, student, teacher, batch.latents, batch.noise, knot, table[timesteps]
+            ).mean()
+
     def loss_of(batch: Batch, snr_gamma: float | None) -> torch.Tensor:
         """Mean squared error of what the network says, (N,) weighted where asked for."""
+        if config.objective == "consistency":
+            return distillation_loss(batch)
         n = noised(family, scheduler, batch.latents, batch.noise, batch.u, snr_gamma)
         condition = dict(batch.condition)
         with accelerator.autocast():
             if config.train_text_encoder:
                 condition |= embed(generator, config, batch.texts)
-            cast = {k: v if k in ("time_ids", "guidance") else v.to(base_dtype) for k, v in condition.items()}
-            z = n.z.to(base_dtype)
-            if family.name == "mini":
-                z = z.contiguous(memory_format=torch.channels_last)
-            predicted = family.predict(model, z, n.timesteps, cast)
-        error = (predicted.float() - n.target).square().flatten(1).mean(1)
+            predicted = predict(n.z, n.timesteps, condition)
+        error = (predicted - n.target).square().flatten(1).mean(1)
         return (error * n.weight).mean()
 
     def held_out_loss() -> float:
@@ -813,7 +887,9 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         "best_validation_loss": best["loss"],
         "best_step": best["step"],
         "images_per_second": images_done / seconds if seconds else None,
-        "line": f"gigdiff.generate({prompts[0]!r}, model={config.pretrained_model_name_or_path!r}, lora={str(out)!r})",
+        "line": f"gigdiff.generate({prompts[0]!r}, model={config.pretrained_model_name_or_path!r}, lora={str(out)!r}"
+        + "".join(f", {k}={v!r}" for k, v in drawing_settings(config).items() if config.objective == "consistency")
+        + ")",
     }
     if stop.requested:
         say(f"stopped at step {done}; continue with --resume_from_checkpoint latest")

@@ -384,3 +384,71 @@ def test_the_held_out_loss_depends_on_the_weights_alone(config: Any, tmp_path: P
         for n in (2, 3)
     ]
     assert results[0]["validation_loss_before"] == pytest.approx(results[1]["validation_loss_before"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mini", "sd", "sdxl"])
+def test_a_lora_for_few_steps_resumes_exactly_and_draws_what_was_previewed(
+    family: str, config: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue({"mini": "tiny_model", "sd": "tiny_pipeline"}.get(family, f"tiny_{family}"))
+    side = {} if family == "mini" else {"resolution": 64, "bucket_multiple": 16}
+    config = dataclasses.replace(
+        config, pretrained_model_name_or_path=str(folder), objective="consistency", distill_knots=10,
+        num_inference_steps=None, learning_rate=2e-3, **side,
+    )  # fmt: skip
+    result = F.finetune(config)
+    assert "scheduler='lcm'" in result["line"] and "guidance_scale=1.0" in result["line"]
+    again = continued(config, tmp_path)
+    F.finetune(again)
+    assert losses(again.output_dir) == losses(config.output_dir)
+    assert equal(weights(again.output_dir), weights(config.output_dir))
+    size = {"height": 64, "width": 64} if side else {}
+    drawn = gigdiff.generate(
+        "red box", model=str(folder), lora=config.output_dir, seed=0, num_inference_steps=4, guidance_scale=1.0,
+        scheduler="lcm", upscale=False, **size,
+    )  # fmt: skip
+    with Image.open(Path(config.output_dir) / "previews" / "step-000004" / "prompt-0-seed-0.png") as preview:
+        assert np.array_equal(np.asarray(preview.convert("RGB")), np.asarray(drawn))
+
+
+def test_distillation_follows_the_base_model_and_not_the_lora(config: Any, monkeypatch: Any) -> None:
+    """The teacher is the network without its LoRA, under guidance: its passes see twice the photos, the LoRA off."""
+    seen = []
+    add = F.add_adapter
+
+    def spied(model: Any, *arguments: Any) -> Any:
+        forward = model.forward
+
+        def watching(z: Any, *rest: Any, **more: Any) -> Any:
+            layer = next(m for m in model.modules() if hasattr(m, "disable_adapters") and hasattr(m, "lora_A"))
+            seen.append((len(z), layer.disable_adapters, torch.is_grad_enabled()))
+            return forward(z, *rest, **more)
+
+        monkeypatch.setattr(model, "forward", watching)
+        return add(model, *arguments)
+
+    monkeypatch.setattr(F, "add_adapter", spied)
+    config = short(config, objective="consistency", distill_knots=10, max_train_steps=1, validation_steps=1)
+    F.finetune(config)
+    batch = config.train_batch_size
+    assert seen.count((2 * batch, True, False)) >= 2, "two passes of the guided teacher a step"
+    assert seen.count((batch, False, True)) == 1, "one of the student with gradient"
+    assert (batch, False, False) in seen, "one of the student for the target"
+    assert not any(off and n == batch for n, off, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill_knots": 7}, "7 knots do not divide"),
+        ({"snr_gamma": 5.0}, "goes without"),
+        ({"pretrained_model_name_or_path": "tiny_flux"}, "rectified flow"),
+    ],
+)
+def test_distillation_refuses_what_it_can_not_do(
+    changes: dict, message: str, config: Any, request: pytest.FixtureRequest
+) -> None:
+    if "pretrained_model_name_or_path" in changes:
+        changes = {"pretrained_model_name_or_path": str(request.getfixturevalue("tiny_flux")), "resolution": 64}
+    with pytest.raises(InputError, match=message):
+        F.finetune(dataclasses.replace(config, objective="consistency", **changes))
