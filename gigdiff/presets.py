@@ -20,8 +20,8 @@ class Preset:
 
 PRESETS = {
     "best": Preset("mini", 25),
-    "balanced": Preset("mini-turbo", 4),
-    "fast": Preset("mini-turbo", 1),
+    "balanced": Preset("mini", 15),
+    "fast": Preset("mini", 6),
 }
 
 
