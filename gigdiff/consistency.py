@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gigdiff.diffusion import add_noise
+from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity
 from gigdiff.errors import InputError
 
 __all__ = ["clean_from", "consistency_distance", "huber", "knot_timesteps", "solver_step"]
@@ -33,13 +33,6 @@ def knot_timesteps(count: int, num_train_timesteps: int = 1000) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(1, count + 1) * stride - 1])
 
 
-def _levels(log_sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha, beta of log_sigma (N,), shaped to broadcast over `like` (N, ...)."""
-    sigma = log_sigma.exp().view(-1, *[1] * (like.ndim - 1))
-    alpha = (1 + sigma.square()).rsqrt()
-    return alpha, sigma * alpha
-
-
 def solver_step(
     clean: Callable[[Tensor, Tensor], Tensor], z: Tensor, log_sigma: Tensor, next_log_sigma: Tensor
 ) -> Tensor:
@@ -54,8 +47,8 @@ def solver_step(
     """
 
     def move(x: Tensor, to: Tensor) -> Tensor:
-        beta = _levels(log_sigma, z)[1]
-        alpha_to, beta_to = _levels(to, z)
+        beta = alpha_beta(log_sigma, z)[1]
+        alpha_to, beta_to = alpha_beta(to, z)
         shrink = torch.expm1(to - log_sigma).view(-1, *[1] * (z.ndim - 1))  # exp(-h) - 1
         return beta_to / beta * z - alpha_to * shrink * x
 
@@ -70,11 +63,11 @@ def clean_from(prediction: Tensor, z: Tensor, log_sigma: Tensor, prediction_type
     Raises:
         InputError: another prediction type.
     """
-    alpha, beta = _levels(log_sigma, z)
     if prediction_type == "epsilon":
+        alpha, beta = alpha_beta(log_sigma, z)
         return (z - beta * prediction) / alpha
     if prediction_type == "v_prediction":
-        return alpha * z - beta * prediction
+        return clean_from_velocity(z, prediction, log_sigma)
     if prediction_type == "sample":
         return prediction
     raise InputError(f"prediction_type {prediction_type!r}: distillation knows epsilon, v_prediction and sample.")
@@ -101,7 +94,7 @@ def consistency_distance(
     z = add_noise(latents, noise, here)
     with torch.no_grad():
         nearer = solver_step(teacher, z, here, levels[lower])
-        alpha = _levels(levels[lower], z)[0]
+        alpha = alpha_beta(levels[lower], z)[0]
         first = (lower == 0).view(-1, *[1] * (z.ndim - 1))
         target = torch.where(first, nearer / alpha, target_of(nearer, lower))
     return huber(student(z, knot), target)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "add_noise",
+    "alpha_beta",
     "clean_from_velocity",
     "guided",
     "log_sigmas",
@@ -43,7 +44,7 @@ def timesteps_of(log_sigma: Tensor, table: Tensor) -> Tensor:
     return (above - 1) + fraction
 
 
-def _alpha_beta(log_sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def alpha_beta(log_sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and beta of `log_sigma` (N,), shaped to broadcast over `like` (N, ...)."""
     sigma = log_sigma.exp().view(-1, *[1] * (like.ndim - 1))
     alpha = (1 + sigma.square()).rsqrt()
@@ -52,7 +53,7 @@ def _alpha_beta(log_sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_noise(x: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
     """z = alpha x + beta e. x and noise (N, ...), log_sigma (N,)."""
-    alpha, beta = _alpha_beta(log_sigma, x)
+    alpha, beta = alpha_beta(log_sigma, x)
     return alpha * x + beta * noise
 
 
@@ -61,19 +62,19 @@ def velocity(x: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
 
     For unit-variance x its squared error equals EDM's preconditioned and weighted loss.
     """
-    alpha, beta = _alpha_beta(log_sigma, x)
+    alpha, beta = alpha_beta(log_sigma, x)
     return alpha * noise - beta * x
 
 
 def clean_from_velocity(z: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
     """x = alpha z - beta v."""
-    alpha, beta = _alpha_beta(log_sigma, z)
+    alpha, beta = alpha_beta(log_sigma, z)
     return alpha * z - beta * v
 
 
 def noise_from_velocity(z: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
     """e = beta z + alpha v."""
-    alpha, beta = _alpha_beta(log_sigma, z)
+    alpha, beta = alpha_beta(log_sigma, z)
     return beta * z + alpha * v
 
 

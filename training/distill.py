@@ -43,7 +43,7 @@ from gigdiff.fit.splits import encoded_splits
 from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
 from gigdiff.generators.loading import load
 from gigdiff.generators.shared_vae import latent_space_of
-from gigdiff.precision import training_precision
+from gigdiff.precision import autocast_dtype, training_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,14 +247,13 @@ def main(argv: list[str] | None = None) -> None:
     vae, encoder = drawing.vae, drawing.text_encoder
     (height, width), length = drawing.capabilities.default_size, encoder.max_length
     scale = drawing.capabilities.default_guidance if config.guidance_scale is None else config.guidance_scale
-    captions_seed = config.seed if config.captions_seed is None else config.captions_seed
     train, held_out = encoded_splits(
-        config, vae, encoder, accelerator, size=(height, width), captions_seed=captions_seed
+        config, vae, encoder, accelerator, size=(height, width), captions_seed=config.captions_seed
     )
 
     teacher = drawing.unet.requires_grad_(False)
     student: UNet2DConditionModel = copy.deepcopy(teacher).requires_grad_(True).train()
-    chosen = set_attention(student, config.attention, training=True)
+    chosen = set_attention(student, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     scheduler = build_scheduler(drawing.scheduler, config.knots)
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
     table = log_sigmas(scheduler.alphas_cumprod).to(device)

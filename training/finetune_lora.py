@@ -72,7 +72,6 @@ SAMPLE = ROOT / "examples" / "catalogue"
 DEFAULT_CONFIG = ROOT / "configs" / "lora_mini.yaml"
 ADAPTER = "finetuned"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-WEIGHTS_DTYPE = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen base
 VALIDATIONS_AT_LEAST = 32  # noise levels that a held-out loss covers, however few photos are held out
 
 
@@ -584,7 +583,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
     with accelerator.main_process_first():
         folder, _ = resolve(config.pretrained_model_name_or_path)
         # gigdiff's own models keep float32 weights and choose their precision themselves
-        dtype = None if (folder / "gigdiff.json").is_file() else WEIGHTS_DTYPE[config.mixed_precision]
+        dtype = None if (folder / "gigdiff.json").is_file() else autocast_dtype(config.mixed_precision)
         generator: Any = load(config.pretrained_model_name_or_path, device=device, dtype=dtype)
     family = family_of(generator)
     if config.objective == "consistency" and family.flow:
@@ -738,12 +737,14 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
             z = z.contiguous(memory_format=torch.channels_last)
         return family.predict(model, z, timesteps, cast).float()
 
-    def distillation_loss(batch: Batch) -> torch.Tensor:
-        """The consistency distance of network and LoRA to what the guided network alone draws."""
-        kind, n = scheduler.config.prediction_type, len(batch.latents)
+    if config.objective == "consistency":
         timesteps = knot_timesteps(config.distill_knots, len(scheduler.alphas_cumprod)).to(device)
         # clamped: schedules of zero terminal SNR have an infinite sigma at the end
         table = log_sigmas(scheduler.alphas_cumprod).clamp(max=15.0).to(device)
+
+    def distillation_loss(batch: Batch) -> torch.Tensor:
+        """The consistency distance of network and LoRA to what the guided network alone draws."""
+        kind, n = scheduler.config.prediction_type, len(batch.latents)
         both = {name: torch.cat([batch.unguided[name], value]) for name, value in batch.condition.items()}
 
         def student(z: torch.Tensor, knot: torch.Tensor) -> torch.Tensor:

@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_autoencoder(config.vae_name_or_path).to(device, memory_format=torch.channels_last)
     encoder: TextEncoder = load_text_encoder(config.text_encoder, str(device))
     size = (config.height, config.width)
-    train, held_out_products = encoded_splits(config, vae, encoder, accelerator, size=size, captions_seed=config.seed)
+    train, held_out_products = encoded_splits(config, vae, encoder, accelerator, size=size)
     length = encoder.max_length
     if train.cut and main_process:
         print(f"{len(train.cut)} captions were longer than {length} tokens and were condensed", file=sys.stderr)

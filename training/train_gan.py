@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder,
         accelerator,
         size=(config.height, config.width),
-        captions_seed=config.seed if config.captions_seed is None else config.captions_seed,
+        captions_seed=config.captions_seed,
         attributes_only=config.condition_on == "attributes",
     )
     length = encoder.max_length

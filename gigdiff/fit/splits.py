@@ -31,6 +31,8 @@ class SplitSettings(Protocol):
     def captions_per_image(self) -> int: ...
     @property
     def cache_dir(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def encoded_splits(
@@ -40,13 +42,13 @@ def encoded_splits(
     accelerator: Any,
     *,
     size: tuple[int, int],
-    captions_seed: int,
+    captions_seed: int | None = None,
     attributes_only: bool = False,
 ) -> tuple[EncodedProducts, EncodedProducts]:
     """Train and held-out products with their latents (vae None: pixels) and captions, each process encoding its share.
 
     Args:
-        size: (height, width) that photos are fitted into. captions_seed: of the wordings.
+        size: (height, width) that photos are fitted into. captions_seed: of the wordings; None = the run's seed.
         attributes_only: condition on the attribute words alone.
 
     Raises:
@@ -64,7 +66,7 @@ def encoded_splits(
             width=size[1],
             captions_per_image=config.captions_per_image,
             cache_dir=config.cache_dir,
-            seed=captions_seed,
+            seed=config.seed if captions_seed is None else captions_seed,
             share=(accelerator.process_index, accelerator.num_processes),
             attributes_only=attributes_only,
         )
