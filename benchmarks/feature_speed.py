@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from gigdiff.evaluation import git_commit, versions
-from gigdiff.metrics.efficientnet import load_efficientnet_lite0
+from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.metrics.features import EfficientNetLite0Features
 from gigdiff.metrics.inception import BATCH_NORM_EPS, InceptionV3, load_inception
 
@@ -54,7 +54,7 @@ def main() -> None:
             "ours, bfloat16": lambda: load(weights, torch.bfloat16, args.batch_size)(images),
             "efficientnet-lite0 (gigdiff's default)": lambda: EfficientNetLite0Features(args.batch_size)(images),
         }
-        load_efficientnet_lite0()
+        load_efficientnet()
         if theirs is not None:
             ways = {"torchmetrics' default": lambda: run_theirs(theirs, images, args.their_batch_size), **ways}
         seconds: dict[str, list[float]] = {name: [] for name in ways}

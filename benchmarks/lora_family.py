@@ -24,7 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
-from finetune_lora import DEFAULT_CONFIG, LoraConfig, finetune  # noqa: E402
+from finetune_lora import DEFAULT_CONFIG, finetune  # noqa: E402
 
 import gigdiff  # noqa: E402
 from gigdiff.data import ProductDataset, load_products  # noqa: E402
@@ -32,6 +32,7 @@ from gigdiff.data.captions import short_prompt  # noqa: E402
 from gigdiff.errors import GigdiffError, InputError, nearest  # noqa: E402
 from gigdiff.evaluation import choose_products, default_data_dir, load_images  # noqa: E402
 from gigdiff.fit.config import parse_config  # noqa: E402
+from gigdiff.fit.lora_config import LoraConfig  # noqa: E402
 from gigdiff.generators.request import GenerationRequest  # noqa: E402
 from gigdiff.images import contact_sheet, save_image  # noqa: E402
 from gigdiff.metrics.probe import bootstrap_interval, load_probe, probe_features  # noqa: E402

@@ -162,25 +162,24 @@ def timed(words: list[str], environment: dict[str, str]) -> tuple[float, float]:
 
 def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argparse.Namespace) -> float:
     """Mean squared error on the held-out photos at 256 fixed noises and noise levels, without guidance dropout."""
-    import finetune_lora as ours
     import torch
 
     import gigdiff
     from gigdiff.data import load_products
-    from gigdiff.fit.families import noised
+    from gigdiff.fit.families import family_of, noised
+    from gigdiff.fit.lora_data import encode_photos, held_out_batches
 
     generator: Any = gigdiff.load(model, device="cpu", dtype="float32")
     config = dataclasses.replace(run_config(model, photos, photos.parent / "measured", arguments), train_batch_size=8)
-    ours.VALIDATIONS_AT_LEAST = 256
     dataset = load_products(str(photos))
     captions = [list(record.captions) for record in dataset.records()]
-    family = ours.family_of(generator)
-    data = ours.encode_photos(generator, family, config, dataset, captions, (0, 1))
+    family = family_of(generator)
+    data = encode_photos(generator, family, config, dataset, captions, (0, 1))
     if lora is not None:
         generator.pipeline.load_lora_weights(str(lora))
     total = count = 0.0
     with torch.no_grad():
-        for batch in ours.held_out_batches(data, family, config):
+        for batch in held_out_batches(data, family, config, levels=256):
             n = noised(family, generator.pipeline.scheduler, batch.latents, batch.noise, batch.u, None)
             predicted = family.predict(generator.pipeline.unet, n.z, n.timesteps, batch.condition)
             total += float((predicted - n.target).square().mean()) * len(batch.latents)
@@ -189,9 +188,9 @@ def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argpa
 
 
 def run_config(model: Path, photos: Path, out: Path, arguments: argparse.Namespace) -> Any:
-    import finetune_lora as ours
+    from gigdiff.fit.lora_config import LoraConfig
 
-    return ours.LoraConfig(
+    return LoraConfig(
         pretrained_model_name_or_path=str(model), train_data_dir=str(photos), output_dir=str(out),
         cache_dir=str(out.parent / "cache"), resolution=arguments.resolution, aspect_ratio_buckets=False,
         image_fit="crop", validation_fraction=0.0, caption_dropout=0.0, rank=arguments.rank, use_ema=False,

@@ -35,6 +35,8 @@ def test_described(name: str) -> None:
     about = card(folder_of(name))
     assert about["parameters"] > 0 and about["licence"] and about["scores"]
     assert (folder_of(name) / "README.md").is_file(), "the model card"
+    for file in folder_of(name).rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(encoding="utf-8"), f"{file} tells of the machine it was made on"
 
 
 def test_all_together_are_small_enough_to_download_with_every_install() -> None:

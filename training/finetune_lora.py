@@ -19,20 +19,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration
-from PIL import Image
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
 from gigdiff.consistency import clean_from, consistency_distance, knot_timesteps
-from gigdiff.data import ProductDataset, load_products
-from gigdiff.data.buckets import BucketOrder, bucket_sizes, spread_quantiles, summary
-from gigdiff.data.encoded import EncodedBuckets, captions_of, model_fingerprint
-from gigdiff.data.splits import hold_out
+from gigdiff.data import ProductDataset
+from gigdiff.data.buckets import BucketOrder, summary
+from gigdiff.data.encoded import captions_of
 from gigdiff.diffusion import guided, log_sigmas, timesteps_of
 from gigdiff.errors import GigdiffError, InputError, MissingDependencyError
 from gigdiff.fit.checkpoint import (
@@ -44,13 +42,23 @@ from gigdiff.fit.checkpoint import (
 )
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
-from gigdiff.fit.families import Family, denoiser_of, family_of, noised, to_latents
+from gigdiff.fit.families import Family, denoiser_of, family_of, noised
+from gigdiff.fit.lora_config import LoraConfig, check
+from gigdiff.fit.lora_data import (
+    Batch,
+    draw_class_photos,
+    embed,
+    encode_photos,
+    held_out_batches,
+    make_batch,
+    read_class_photos,
+    read_photos,
+)
+from gigdiff.fit.lora_preview import drawing_settings, preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_cpu_processes
 from gigdiff.fit.schedule import learning_rate
 from gigdiff.generators.diffusion import DiffusionGenerator
 from gigdiff.generators.loading import load, resolve
-from gigdiff.generators.request import GenerationRequest
-from gigdiff.images import contact_sheet, save_image
 from gigdiff.lora import (
     KOHYA_NAME,
     WEIGHTS_NAME,
@@ -65,450 +73,12 @@ from gigdiff.lora import (
     save_lora,
 )
 from gigdiff.precision import autocast_dtype, embedded_dtype, training_precision
-from gigdiff.provenance import metadata, weights_hash
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "examples" / "catalogue"
 DEFAULT_CONFIG = ROOT / "configs" / "lora_mini.yaml"
 ADAPTER = "finetuned"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-VALIDATIONS_AT_LEAST = 32  # noise levels that a held-out loss covers, however few photos are held out
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Keys of configs/lora_*.yaml. Names are those of diffusers' example scripts where they have one.
-
-    Args:
-        pretrained_model_name_or_path: an embedded model, a folder or a hub id; SD 1.5, SDXL, SD3, FLUX layouts.
-        train_data_dir: folder of photos (imagefolder or Parquet); or use dataset_name. Neither: the sample photos.
-        dataset_name: hub id of a dataset.
-        image_column: column of the photos.
-        caption_column: column of captions (or of lists of captions); known names are found without it.
-        train_split: split to train on.
-        validation_split: split of the held-out loss; by default a part of the training products is held out.
-        validation_fraction: how large a part.
-        max_train_samples: use only the first so many photos.
-        max_validation_samples: hold out at most so many.
-        max_bad_images: unreadable photos to skip and list; more are an error.
-        output_dir: run folder: pytorch_lora_weights.safetensors, checkpoints, log.jsonl, previews/, best/.
-        cache_dir: where latents and text embeddings are kept.
-        resolution: side of a square with as many pixels as photos are brought to; None = the model's own size.
-        aspect_ratio_buckets: photos of other shapes are trained in their own shape; false = all at one size.
-        bucket_multiple: bucket heights and widths are multiples of this.
-        max_aspect_ratio: longest over shortest side of buckets.
-        image_fit: "pad" keeps the photo whole in a white frame, "crop" fills the bucket and cuts off what sticks out.
-        random_flip: mirror half of the samples (it mirrors prints and logos).
-        captions_per_image: captions composed from attributes for photos that have none of their own.
-        instance_prompt: one caption for all photos, such as "a photo of sks shoe".
-        caption_dropout: share of samples trained on the empty prompt, for guidance.
-        max_sequence_length: T5's tokens (SD3, FLUX).
-        with_prior_preservation: also train on pictures of the class, drawn by the base model, so that it is not lost.
-        class_prompt: the prompt of those pictures.
-        class_data_dir: where they are kept; by default in output_dir.
-        num_class_images: how many are drawn, if there are fewer.
-        prior_loss_weight: weight of their loss.
-        rank: of the LoRA.
-        lora_alpha: scale is lora_alpha / rank; None = rank.
-        lora_dropout: dropout on the LoRA's input.
-        target_modules: layers that get a LoRA; None = attention projections.
-        use_dora: weight-decomposed LoRA.
-        use_rslora: scale is lora_alpha / sqrt(rank).
-        train_text_encoder: a LoRA for the CLIP text encoders too (text is then not cached).
-        train_batch_size: photos a step and process.
-        gradient_accumulation_steps: steps whose gradients are averaged before each update.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        max_train_steps: updates in all.
-        learning_rate: peak of the schedule.
-        text_encoder_lr: of the text encoders' LoRA; None = learning_rate.
-        lr_warmup_steps: linear warm-up.
-        lr_decay_fraction: last part of the run that decays by a cosine.
-        use_8bit_adam: bitsandbytes' AdamW8bit.
-        adam_beta1: AdamW.
-        adam_beta2: AdamW.
-        adam_weight_decay: AdamW.
-        adam_epsilon: AdamW.
-        max_grad_norm: gradient clipping.
-        objective: "denoising", or "consistency": the LoRA makes the model draw in 1 to 8 steps without guidance
-            (LCM-LoRA, Luo et al. 2023, arXiv 2311.05556), by what the guided base model draws; not for SD3 and FLUX.
-        distill_guidance_scale: of "consistency": the base model's guidance, which the LoRA learns.
-        distill_knots: of "consistency": noise levels that the LoRA learns; 50 is LCMScheduler's own number.
-        snr_gamma: min-SNR weighting of the loss (5 is usual); not for SD3 and FLUX.
-        noise_offset: noise added to whole channels, for very dark or bright pictures (0.1 is usual).
-        train_guidance: what a guidance-distilled FLUX is fed in training.
-        use_ema: average the LoRA's weights; the average is validated, previewed and saved.
-        ema_decay: of that average.
-        mixed_precision: "no", "bf16", "fp16" (GPU), or "auto": bf16 where the device computes in it, else no. The
-            LoRA's own weights are float32 in each.
-        attention: backend, see gigdiff.attention.
-        seed: of everything.
-        checkpointing_steps: steps between checkpoints.
-        checkpoints_total_limit: how many are kept.
-        resume_from_checkpoint: "latest" or a checkpoint's name.
-        validation_steps: steps between held-out losses.
-        early_stopping_patience: stop when so many held-out losses in a row were no better than the best.
-        preview_steps: steps between previews; None = validation_steps.
-        validation_prompt: a prompt to preview.
-        validation_prompts: several; by default captions of held-out photos.
-        num_validation_images: previews of each prompt, with seeds 0, 1, ...
-        num_inference_steps: of previews; None = the model's default.
-        guidance_scale: of previews; None = the model's default.
-        report_to: tracker of Accelerate, "tensorboard" or "none".
-        output_kohya_format: also write kohya_lora_weights.safetensors.
-    """
-
-    pretrained_model_name_or_path: str = "mini"
-    train_data_dir: str | None = None
-    dataset_name: str | None = None
-    image_column: str = "image"
-    caption_column: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
-    validation_fraction: float = 0.1
-    max_train_samples: int | None = None
-    max_validation_samples: int = 64
-    max_bad_images: int = 10
-    output_dir: str = "runs/lora"
-    cache_dir: str = "cache"
-    resolution: int | None = None
-    aspect_ratio_buckets: bool = True
-    bucket_multiple: int = 64
-    max_aspect_ratio: float = 2.0
-    image_fit: Literal["pad", "crop"] = "pad"
-    random_flip: bool = False
-    captions_per_image: int = 4
-    instance_prompt: str | None = None
-    caption_dropout: float = 0.1
-    max_sequence_length: int = 256
-    with_prior_preservation: bool = False
-    class_prompt: str | None = None
-    class_data_dir: str | None = None
-    num_class_images: int = 100
-    prior_loss_weight: float = 1.0
-    rank: int = 16
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
-    use_dora: bool = False
-    use_rslora: bool = False
-    train_text_encoder: bool = False
-    train_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    max_train_steps: int = 1000
-    learning_rate: float = 1e-4
-    text_encoder_lr: float | None = None
-    lr_warmup_steps: int = 20
-    lr_decay_fraction: float = 0.3
-    use_8bit_adam: bool = False
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    objective: Literal["denoising", "consistency"] = "denoising"
-    distill_guidance_scale: float = 7.5
-    distill_knots: int = 50
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    train_guidance: float = 1.0
-    use_ema: bool = True
-    ema_decay: float = 0.99
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
-    attention: str = "auto"
-    seed: int = 0
-    checkpointing_steps: int = 200
-    checkpoints_total_limit: int = 2
-    resume_from_checkpoint: str | None = None
-    validation_steps: int = 100
-    early_stopping_patience: int | None = None
-    preview_steps: int | None = None
-    validation_prompt: str | None = None
-    validation_prompts: tuple[str, ...] = ()
-    num_validation_images: int = 2
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    report_to: str = "none"
-    output_kohya_format: bool = False
-
-
-def check(config: LoraConfig) -> None:
-    """What can be told before anything is loaded. Raises InputError naming the flag."""
-    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                 "validation_steps", "captions_per_image", "rank", "num_validation_images"):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: 1 or more is allowed")
-    for name in ("caption_dropout", "lora_dropout", "validation_fraction", "ema_decay"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name):g}: from 0 to below 1 is allowed")
-    if config.train_data_dir and config.dataset_name:
-        raise InputError("--train_data_dir and --dataset_name were both given; give one.")
-    if config.with_prior_preservation and not config.class_prompt:
-        raise InputError('--with_prior_preservation needs --class_prompt, such as "a photo of a shoe".')
-    training_precision(config.mixed_precision)
-    if config.objective == "consistency":
-        knot_timesteps(config.distill_knots)
-        if config.train_text_encoder or config.snr_gamma is not None or config.with_prior_preservation:
-            raise InputError(
-                "--objective consistency goes without --train_text_encoder, --snr_gamma and --with_prior_preservation: "
-                "what it learns comes from the base model alone."
-            )
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def read_photos(config: LoraConfig) -> tuple[ProductDataset, ProductDataset | None]:
-    """(training photos, held-out photos or None where there is but one product)."""
-    source = config.train_data_dir or config.dataset_name or str(SAMPLE)
-
-    def photos(split: str, limit: int | None) -> ProductDataset:
-        data = load_products(
-            source,
-            split=split,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-            limit=limit,
-            on_bad_image="skip",
-            max_bad_images=config.max_bad_images,
-        )
-        for bad in data.bad_images:
-            print(f"skipped photo {bad.id} (row {bad.row}): {bad.reason}", file=sys.stderr)
-        return data
-
-    train = photos(config.train_split, config.max_train_samples)
-    if config.validation_split:
-        return train, photos(config.validation_split, config.max_validation_samples)
-    return hold_out(train, config.validation_fraction, config.max_validation_samples, config.seed)
-
-
-def encode_photos(
-    generator: Any, family: Family, config: LoraConfig, dataset: ProductDataset, captions: list[list[str]],
-    share: tuple[int, int],
-) -> EncodedBuckets:  # fmt: skip
-    """Latents and text embeddings of `dataset`, from the cache where they are in it."""
-    vae = generator.vae if isinstance(generator, DiffusionGenerator) else generator.pipeline.vae
-    device = generator.device
-    height, width = generator.capabilities.default_size
-    if config.resolution:
-        height = width = config.resolution
-    buckets = [(height, width)]
-    if config.aspect_ratio_buckets:
-        buckets = bucket_sizes(height, width, multiple=config.bucket_multiple, max_ratio=config.max_aspect_ratio)
-    stored = next(vae.parameters()).dtype
-    if stored != torch.float32:
-        vae.float()  # SDXL's autoencoder overflows in half precision
-
-    def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
-        return to_latents(vae, pixels.to(device))
-
-    text_fingerprint = f"{text_fingerprint_of(generator)} {config.max_sequence_length}"
-    data = EncodedBuckets(
-        dataset,
-        captions,
-        buckets=buckets,
-        image_fit=config.image_fit,
-        encode_pixels=encode_pixels,
-        encode_text=None if config.train_text_encoder else lambda text: embed(generator, config, [text]),
-        image_fingerprint=model_fingerprint(vae),
-        text_fingerprint=text_fingerprint,
-        dtype="float32" if config.mixed_precision == "no" else "float16",
-        cache_dir=config.cache_dir,
-        flip=config.random_flip,
-        share=share,
-    )
-    if stored != torch.float32:
-        vae.to(stored)
-    return data
-
-
-def text_fingerprint_of(generator: Any) -> str:
-    """Changes with the weights of any text encoder."""
-    if isinstance(generator, DiffusionGenerator):
-        return generator.text_encoder.fingerprint
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    parts = [part for part in names if getattr(generator.pipeline, part, None) is not None]
-    folder = generator.folder
-    if folder is not None and all((folder / part).is_dir() for part in parts):
-        return " ".join(
-            weights_hash(folder / part) for part in parts
-        )  # T5-XXL's file is hashed faster than its tensors
-    return " ".join(model_fingerprint(getattr(generator.pipeline, part)) for part in parts)
-
-
-def embed(generator: Any, config: LoraConfig, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Text as the network is fed it. T5's length is the flag's where the family has T5."""
-    if isinstance(generator, DiffusionGenerator):
-        return generator.embed(texts)
-    return generator.embed(texts, max_length=config.max_sequence_length)
-
-
-def class_folder(config: LoraConfig) -> Path:
-    return Path(config.class_data_dir or Path(config.output_dir) / "class_images")
-
-
-def draw_class_photos(generator: Any, config: LoraConfig) -> None:
-    """Fill the folder up to --num_class_images pictures of --class_prompt, drawn by the base model, one by one."""
-    assert config.class_prompt
-    folder = class_folder(config)
-    for seed in range(len(sorted(folder.glob("*.png"))), config.num_class_images):
-        result = generator.generate(GenerationRequest((config.class_prompt,), (seed,)))
-        save_image(folder / f"class-{seed:06d}.png", result.images[0], metadata(result, 0), overwrite=True)
-
-
-def read_class_photos(config: LoraConfig) -> ProductDataset:
-    import datasets
-
-    files = [str(path) for path in sorted(class_folder(config).glob("*.png"))][: config.num_class_images]
-    return load_products(datasets.Dataset.from_dict({"image": files, "caption": [config.class_prompt] * len(files)}))
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Latents and noise (N, C, h, w), u (N,) in (0, 1) for noise levels, condition: named tensors (N, ...), texts.
-
-    unguided: the same as condition for the empty prompt, where a guided model is distilled.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    u: torch.Tensor
-    condition: dict[str, torch.Tensor]
-    texts: list[str]
-    unguided: dict[str, torch.Tensor]
-
-    def to(self, device: torch.device) -> Batch:
-        latents, noise, u = (tensor.to(device) for tensor in (self.latents, self.noise, self.u))
-        told = ({name: t.to(device) for name, t in one.items()} for one in (self.condition, self.unguided))
-        condition, unguided = told
-        return Batch(latents, noise, u, condition, self.texts, unguided)
-
-
-def make_batch(
-    data: EncodedBuckets, samples: Sequence[tuple[int, int]], first: int, family: Family, config: LoraConfig,
-    purpose: str,
-) -> Batch:  # fmt: skip
-    """`samples` (photo, how often seen) at positions `first`, `first` + 1, ... of the endless stream of samples.
-
-    Noise, noise level, dropout, mirroring: all depend on (seed, purpose, position) alone.
-    """
-    noises, levels, texts, mirrored = [], [], [], []
-    shape = data.latents([samples[0][0]]).shape[1:]
-    for position, (photo, seen) in enumerate(samples, first):
-        generator = rng.generator(config.seed, purpose, position)
-        level, dropped, flipped = torch.rand(3, generator=generator).tolist()
-        noise = torch.randn(shape, generator=generator)
-        offset = torch.randn((shape[0], 1, 1), generator=generator)
-        noises.append(noise + config.noise_offset * offset)
-        levels.append(level)
-        captions = data.captions[photo]
-        texts.append("" if dropped < config.caption_dropout else captions[seen % len(captions)])
-        mirrored.append(config.random_flip and flipped < 0.5)
-    photos = [photo for photo, _ in samples]
-    return Batch(
-        data.latents(photos, mirrored),
-        torch.stack(noises),
-        torch.tensor(levels),
-        condition_of(data, photos, texts, family, config),
-        texts,
-        unguided_of(data, photos, family, config),
-    )
-
-
-def condition_of(
-    data: EncodedBuckets, photos: Sequence[int], texts: Sequence[str], family: Family, config: LoraConfig
-) -> dict[str, torch.Tensor]:
-    """All that the network is told: text embeddings from the cache, SDXL's sizes, FLUX's guidance."""
-    condition = data.conditions(texts)
-    if family.size_ids:
-        condition["time_ids"] = data.size_ids(photos)
-    if family.name == "flux":
-        condition["guidance"] = torch.full((len(photos),), config.train_guidance)
-    return condition
-
-
-def unguided_of(
-    data: EncodedBuckets, photos: Sequence[int], family: Family, config: LoraConfig
-) -> dict[str, torch.Tensor]:
-    """What the guided base model is told beside the prompt, for distilling it: the empty one. Else nothing."""
-    return condition_of(data, photos, [""] * len(photos), family, config) if config.objective == "consistency" else {}
-
-
-def held_out_batches(data: EncodedBuckets, family: Family, config: LoraConfig) -> list[Batch]:
-    """Every held-out photo with its first caption, fixed noise, and noise levels at the law's quantiles."""
-    repeats = -(-VALIDATIONS_AT_LEAST // len(data))
-    u = spread_quantiles(repeats * len(data), config.seed, "held-out levels")
-    batches = []
-    by_bucket: dict[tuple[int, int], list[int]] = {}
-    for position in range(repeats * len(data)):
-        by_bucket.setdefault(data.bucket_of[position % len(data)], []).append(position)
-    for positions in by_bucket.values():
-        for start in range(0, len(positions), config.train_batch_size):
-            chosen = positions[start : start + config.train_batch_size]
-            photos = [position % len(data) for position in chosen]
-            latents = data.latents(photos)
-            texts = [data.captions[photo][0] for photo in photos]
-            noise = rng.normal(latents.shape[1:], config.seed, "held-out noise", chosen)
-            condition = condition_of(data, photos, texts, family, config)
-            unguided = unguided_of(data, photos, family, config)
-            batches.append(Batch(latents, noise, u[chosen], condition, texts, unguided))
-    return batches
-
-
-# ---- previews --------------------------------------------------------------------------------------------------------
-
-
-def preview(generator: Any, config: LoraConfig, prompts: Sequence[str], out: Path, step: int) -> None:
-    """Draw each prompt with seeds 0, 1, ..., one by one, by the same code as gigdiff.generate; then the grid."""
-    for k, prompt in enumerate(prompts):
-        for seed in range(config.num_validation_images):
-            request = GenerationRequest(
-                (prompt,),
-                (seed,),
-                height=config.resolution,
-                width=config.resolution,
-                **drawing_settings(config),
-            )
-            result = generator.generate(request)
-            about = metadata(result, 0) | {"lora": f"{config.output_dir} at step {step}"}
-            save_image(preview_path(out, step, k, seed), result.images[0], about, overwrite=True)
-    grid(out, prompts, config.num_validation_images)
-
-
-def drawing_settings(config: LoraConfig) -> dict[str, Any]:
-    """How previews are drawn: a LoRA for few steps in 4 of them, without guidance, by the solver made for it."""
-    settings: dict[str, Any] = {
-        "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale
-    }  # fmt: skip
-    if config.objective == "consistency":
-        few = {"num_inference_steps": 4, "guidance_scale": 1.0}
-        settings = {name: few[name] if value is None else value for name, value in settings.items()}
-        settings["scheduler"] = "lcm"
-    return settings
-
-
-def preview_path(out: Path, step: int, prompt: int, seed: int) -> Path:
-    return out / "previews" / f"step-{step:06d}" / f"prompt-{prompt}-seed-{seed}.png"
-
-
-def grid(out: Path, prompts: Sequence[str], seeds: int) -> None:
-    """previews/grid.png: a row for each prompt and seed, a column for each previewed step; the first is before."""
-    steps = sorted(int(path.name.removeprefix("step-")) for path in (out / "previews").glob("step-*"))
-    pictures, labels = [], []
-    for k, prompt in enumerate(prompts):
-        for seed in range(seeds):
-            for step in steps:
-                path = preview_path(out, step, k, seed)
-                if path.is_file():
-                    pictures.append(Image.open(path).convert("RGB"))
-                    labels.append(f"{'before' if step == 0 else step}: {prompt}")
-    scale = max(1, 128 // pictures[0].height)
-    about = {"prompt": "\n".join(prompts), "seed": ", ".join(map(str, range(seeds)))}
-    sheet = contact_sheet(pictures, len(steps), labels=labels, scale=scale)
-    save_image(out / "previews" / "grid.png", sheet, about, overwrite=True)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 def build_optimizer(config: LoraConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
@@ -577,7 +147,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
     say: Callable[[str], None] = (lambda text: print(text, file=sys.stderr, flush=True)) if main else lambda text: None
 
     with accelerator.main_process_first():
-        train_photos, held_photos = read_photos(config)
+        train_photos, held_photos = read_photos(config, str(SAMPLE))
     if held_photos is None and config.early_stopping_patience:
         raise InputError("--early_stopping_patience needs held-out photos, and all photos are of one product.")
     with accelerator.main_process_first():

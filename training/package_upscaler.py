@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gigdiff.errors import GigdiffError, InputError
 from gigdiff.fit.config import parse_config
+from gigdiff.models.saving import save_network
 from gigdiff.models.upscaler import interpolated, load_upscaler_network
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--report {config.report} is none of benchmarks/upscale_quality.py: {error!r}") from error
     out = Path(config.output_dir)
     for part, network in (("fidelity", faithful), ("sharp", sharp)):
-        network.half().save_pretrained(out / part, safe_serialization=True)
+        save_network(network.half(), out / part)
     parameters = sum(p.numel() for network in (faithful, sharp) for p in network.parameters())
     scores = {
         f"{kind}: {name}": round(row[key], 3)

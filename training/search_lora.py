@@ -19,10 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune_lora import DEFAULT_CONFIG, LoraConfig, finetune  # the script beside this one
+from finetune_lora import DEFAULT_CONFIG, finetune  # the script beside this one
 
 from gigdiff.errors import GigdiffError, InputError, MissingDependencyError, NumericalError
 from gigdiff.fit.config import parse_config
+from gigdiff.fit.lora_config import LoraConfig
 
 PREFIX = "--search."
 

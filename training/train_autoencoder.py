@@ -4,8 +4,8 @@
 
 Phase 1 learns encoder and decoder for fidelity. Phase 2 (`--decoder_only true --init_from runs/.../autoencoder`, see
 configs/autoencoder_mini_sharp.yaml) freezes the encoder, so that diffusion models trained on its latents stay valid,
-and sharpens the decoder with an adversarial term. No pretrained network is in the loss: the one that could be, also
-measures the result, and training on one's own measure proves nothing.
+and sharpens the decoder with a perceptual term on EfficientNet-Lite2's features (the result is measured with another
+network, Lite0), an adversarial one, or both.
 """
 
 from __future__ import annotations
@@ -39,9 +39,15 @@ from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
+from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.models.perceptual import perceptual_loss
+from gigdiff.models.saving import save_network
 from gigdiff.precision import training_precision
+
+# Photos of 80 x 64 are small for a network that was trained at 260: the larger size is where it tells edges apart.
+PERCEPTUAL_SIZES = (2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,7 @@ class AutoencoderConfig:
         l1_weight: weight of the mean absolute error.
         l2_weight: weight of the mean squared error.
         edge_weight: weight of the absolute error of horizontal and vertical differences.
+        perceptual_weight: weight of the distance of EfficientNet-Lite2's features; 0 is off.
         adversarial_weight: weight of the adversarial loss; 0 is off. Its gradient is capped at the others'.
         discriminator_warmup_steps: steps that train the discriminator alone.
         discriminator_learning_rate: Adam's rate for the discriminator.
@@ -121,6 +128,7 @@ class AutoencoderConfig:
     l1_weight: float = 0.5
     l2_weight: float = 2.0
     edge_weight: float = 0.5
+    perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     discriminator_learning_rate: float = 2e-4
     discriminator_gamma: float = 0.02
@@ -223,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         model.encoder.requires_grad_(False)
     # Channels last is what the CPU's and the tensor cores' convolutions want.
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    perceptual_net = load_efficientnet("lite2").to(accelerator.device) if config.perceptual_weight > 0 else None
     ema = Ema(model, config.ema_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -298,8 +307,13 @@ def main(argv: list[str] | None = None) -> None:
             + config.edge_weight * (across.abs().mean() + down.abs().mean())
             + config.prior_weight * raw.float().square().mean()
         )
+        values: dict[str, float] = {"learning_rate": rate}
+        if perceptual_net is not None:
+            alike = perceptual_loss(perceptual_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES)
+            loss = loss + config.perceptual_weight * alike
+            values["perceptual_loss"] = alike.item()
         check_finite(loss.item(), step, rate)
-        values: dict[str, float] = {"loss": loss.item(), "learning_rate": rate}
+        values["loss"] = loss.item()
         if adversarial:
             (fidelity,) = torch.autograd.grad(loss, rebuilt, retain_graph=True)
             generator = generator_loss(critic, pixels, rebuilt)
@@ -354,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
             with ema.applied_to(model):
                 if not config.decoder_only:  # a frozen encoder keeps its statistics: models were trained on them
                     latent_statistics(model, train, config)
-                model.save_pretrained(out / "autoencoder")
+                save_network(model, out / "autoencoder")
             print(json.dumps({"autoencoder": str(out / "autoencoder"), "steps": config.max_train_steps}))
     accelerator.end_training()
 

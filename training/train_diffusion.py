@@ -30,6 +30,7 @@ from gigdiff.errors import GigdiffError
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
+from gigdiff.fit.muon import MuonAdamW
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
@@ -69,6 +70,7 @@ class DiffusionConfig:
         snr_gamma: min-SNR weighting of the loss; none by default.
         train_batch_size: images a step and process.
         max_train_steps: optimizer steps in all.
+        optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest, at the same learning rate.
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
         lr_decay_fraction: last part of the run that decays by a cosine.
@@ -114,6 +116,7 @@ class DiffusionConfig:
     snr_gamma: float | None = None
     train_batch_size: int = 64
     max_train_steps: int = 10000
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 5e-4
     lr_warmup_steps: int = 200
     lr_decay_fraction: float = 0.35
@@ -271,13 +274,21 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = build_scheduler()
     table = log_sigmas(scheduler.alphas_cumprod).to(device)
     ema = Ema(unet, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=True,
-    )
+    betas, decay = (0.9, config.adam_beta2), config.adam_weight_decay
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "muon":
+        optimizer = MuonAdamW(
+            unet.named_parameters(),
+            config.learning_rate,
+            outer=("conv_in.", "conv_out."),
+            betas=betas,
+            weight_decay=decay,
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True
+        )
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:

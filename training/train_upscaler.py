@@ -3,10 +3,10 @@
     accelerate launch training/train_upscaler.py --config configs/upscaler_mini.yaml
 
 Phase 1 learns fidelity (L1). Phase 2 (`--init_from`, configs/upscaler_mini_sharp.yaml) goes on from it with SRGAN's
-line of losses: adversarial, relativistic (Wang et al. 2018, arXiv 1809.00219), and perceptual, on the discriminator's
-own features: the pretrained network that could be used instead also measures the results, and training on one's own
-measure proves nothing. A small picture comes from one of three sources, drawn for each sample: the catalogue's own
-small file (a true pair), the large photo degraded, or the small file through the autoencoder with noisy latents.
+line of losses: adversarial, relativistic (Wang et al. 2018, arXiv 1809.00219), and perceptual, on EfficientNet-Lite2's
+features (the results are measured with another network, Lite0). A small picture comes from one of three sources, drawn
+for each sample: the catalogue's own small file (a true pair), the large photo degraded, or the small file through the
+autoencoder with noisy latents.
 """
 
 from __future__ import annotations
@@ -42,12 +42,17 @@ from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.images import contact_sheet, fit_image, fitted_box, save_image, to_model, to_uint8
+from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
-from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, feature_distance, generator_loss
+from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.models.perceptual import perceptual_loss
+from gigdiff.models.saving import save_network
 from gigdiff.models.upscaler import ProductUpscaler, load_upscaler_network
 from gigdiff.precision import training_precision
 
 SCALE = 4
+# Crops as they are, and at half their size, where what a small picture can tell is decided.
+PERCEPTUAL_SIZES = (1, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +84,8 @@ class UpscalerConfig:
         max_grad_norm: gradient clipping.
         ema_decay: decay of the averaged weights, which are what is validated and saved.
         l1_weight: weight of the mean absolute error.
-        perceptual_weight: weight of the distance of discriminator features; needs adversarial_weight.
-        adversarial_weight: weight of the adversarial loss; 0 is off.
+        perceptual_weight: weight of the distance of EfficientNet-Lite2's features; 0 is off.
+        adversarial_weight: weight of the adversarial loss, whose gradient is capped at the others' size; 0 is off.
         discriminator_width: channels of the discriminator's first layer.
         discriminator_warmup_steps: steps that train the discriminator alone.
         discriminator_learning_rate: Adam's rate for the discriminator.
@@ -278,8 +283,8 @@ def main(argv: list[str] | None = None) -> None:
             "--decoded_share needs --autoencoder FOLDER, such as gigdiff/pretrained/mini/vae; or set it to 0"
         )
     adversarial = config.adversarial_weight > 0
-    if config.perceptual_weight > 0 and not adversarial:
-        raise InputError("--perceptual_weight uses the discriminator's features: set --adversarial_weight above 0 too")
+    if min(config.l1_weight, config.perceptual_weight, config.adversarial_weight) < 0:
+        raise InputError("--l1_weight, --perceptual_weight and --adversarial_weight must be 0 or more")
     if adversarial and config.init_from is None:
         raise InputError("--adversarial_weight is phase 2: give phase 1's network with --init_from RUN/upscaler")
     out = Path(config.output_dir)
@@ -317,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.decoded_share > 0:
         vae = load_autoencoder(str(config.autoencoder)).eval()
         vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    perceptual_net = load_efficientnet("lite2").to(device) if config.perceptual_weight > 0 else None
     ema = Ema(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
@@ -403,41 +409,35 @@ def main(argv: list[str] | None = None) -> None:
         inputs, targets = crops(small, places, 1), crops(large.to(device), places, SCALE)
         made = wrapped(inputs).float()
         loss = config.l1_weight * (made - targets).abs().mean()
+        values: dict[str, float] = {"l1_loss": loss.item(), "learning_rate": rate}
+        if perceptual_net is not None:
+            alike = perceptual_loss(perceptual_net, targets, made, PERCEPTUAL_SIZES)
+            loss = loss + config.perceptual_weight * alike
+            values["perceptual_loss"] = alike.item()
         check_finite(loss.item(), step, rate)
-        values: dict[str, float] = {"loss": loss.item(), "learning_rate": rate}
+        values["loss"] = loss.item()
         if adversarial:
-            (fidelity,) = torch.autograd.grad(loss, made, retain_graph=True)
+            (gradient,) = torch.autograd.grad(loss, made, retain_graph=True)
             with accelerator.autocast():
                 fooling = generator_loss(critic, targets, made)
-                alike = feature_distance(accelerator.unwrap_model(critic), targets, made)
-            sharpness, likeness = (torch.autograd.grad(x, made, retain_graph=True)[0] for x in (fooling, alike))
+            (sharpness,) = torch.autograd.grad(fooling, made, retain_graph=True)
             # Capped, never raised: scaling a weak discriminator's gradient up made both run away together.
+            ratio = float(sharpness.norm() / gradient.norm().clamp(min=1e-12))
             warm = step >= config.discriminator_warmup_steps
-            total = fidelity.clone()
-            for name, gradient, weight in (
-                ("adversarial", sharpness, config.adversarial_weight),
-                ("perceptual", likeness, config.perceptual_weight),
-            ):
-                ratio = float(gradient.norm() / fidelity.norm().clamp(min=1e-12))
-                scale = min(weight, 1 / max(ratio, 1e-12)) if warm else 0.0
-                total += scale * gradient
-                values[f"{name}_share"] = scale * ratio
-            made.backward(total)
+            scale = min(config.adversarial_weight, 1 / max(ratio, 1e-12)) if warm else 0.0
+            values["adversarial_share"] = scale * ratio
+            made.backward(gradient + scale * sharpness)
             noise = rng.normal(targets.shape[1:], config.seed, "discriminator noise", positions).to(targets)
             with accelerator.autocast():
                 critic_loss = discriminator_loss(
                     critic, targets, made.detach(), noise, gamma=config.discriminator_gamma
                 )
-            # The terms above left gradients of their own in the discriminator; only its own loss may move it.
+            # The term above left gradients of its own in the discriminator; only its own loss may move it.
             critic_optimizer.zero_grad()
             accelerator.backward(critic_loss)
             critic_optimizer.step()
             critic_optimizer.zero_grad()
-            values |= {
-                "generator_loss": fooling.item(),
-                "perceptual_loss": alike.item(),
-                "discriminator_loss": critic_loss.item(),
-            }
+            values |= {"generator_loss": fooling.item(), "discriminator_loss": critic_loss.item()}
         else:
             accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -471,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if main_process:
             with ema.applied_to(model):
-                model.save_pretrained(out / "upscaler")
+                save_network(model, out / "upscaler")
             print(json.dumps({"upscaler": str(out / "upscaler"), "steps": config.max_train_steps}))
     accelerator.end_training()
 

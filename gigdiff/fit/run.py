@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from gigdiff.errors import InputError, NumericalError
 
 __all__ = ["JsonLines", "StopSignal", "check_finite", "prefetched", "start_cpu_processes"]
@@ -22,7 +24,7 @@ Item = TypeVar("Item")
 
 def prefetched(steps: range, load: Callable[[int], Item], ahead: int = 2) -> Iterator[tuple[int, Item]]:
     """(step, load(step)) in order, with `ahead` of them being loaded in a thread while the model works."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = [(step, pool.submit(load, step)) for step in steps[:ahead]]
         for following in [*steps[ahead:], *[None] * ahead]:
             if not waiting:

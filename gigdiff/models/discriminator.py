@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PatchDiscriminator", "discriminator_loss", "feature_distance", "generator_loss"]
+__all__ = ["PatchDiscriminator", "discriminator_loss", "generator_loss"]
 
 
 class PatchDiscriminator(nn.Module):
@@ -29,15 +29,10 @@ class PatchDiscriminator(nn.Module):
         self.out = nn.Conv2d(3 * width, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.features(x)[-1])
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        """What each layer makes of x, after its activation."""
-        maps, h = [], F.pixel_unshuffle(x, 2)
+        h = F.pixel_unshuffle(x, 2)
         for layer in self.layers:
             h = F.leaky_relu(layer(h), 0.2)
-            maps.append(h)
-        return maps
+        return self.out(h)
 
 
 def discriminator_loss(
@@ -66,14 +61,3 @@ def generator_loss(net: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     """softplus(D(real) - D(fake)): each reconstruction against its own photo."""
     on_real, on_fake = net(torch.cat([real, fake])).float().chunk(2)
     return F.softplus(on_real - on_fake).mean()
-
-
-def feature_distance(net: PatchDiscriminator, real: Tensor, fake: Tensor) -> Tensor:
-    """Mean over layers of |f(real) - f(fake)| / mean |f(real)|: feature matching (Larsen et al., arXiv 1512.09300).
-
-    A perceptual loss without a pretrained network; it moves `fake` only, real's features are constants.
-    """
-    with torch.no_grad():
-        of_real = net.features(real)
-    terms = [(a - b).abs().mean() / (a.abs().mean() + 1e-4) for a, b in zip(of_real, net.features(fake), strict=True)]
-    return torch.stack(terms).float().mean()

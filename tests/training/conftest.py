@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +64,31 @@ def run(script: str, *flags: str, launch: bool = False) -> subprocess.CompletedP
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def killed_and_resumed(script: str, *flags: str, out: Path) -> None:
+    """Run a script whose run folder is `out`, SIGKILL it between two checkpoints, and run it again to the end."""
+    process = subprocess.Popen(command(script, *flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    log = out / "log.jsonl"
+    # Steps that are already logged, of which some have no checkpoint yet, have to be done again.
+    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (out / "model").exists()
+    run(script, *flags, "--resume_from_checkpoint", "latest")
+
+
+def same_checkpoints(first: Path, second: Path, parts: Sequence[str]) -> bool:
+    """Whether two checkpoint folders hold the same bits in each of `parts`."""
+    for part in parts:
+        a, b = (load_file(folder / f"{part}.safetensors") for folder in (first, second))
+        if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
+            return False
+    return True
 
 
 def logged(

@@ -6,12 +6,9 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import gigdiff
 
@@ -48,23 +45,10 @@ def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     cache, run = whole
     killed = tmp_path / "killed"
-    arguments = [*flags(tiny_model, catalogue, cache, killed), "--resume_from_checkpoint", "latest"]
-    process = subprocess.Popen(
-        helpers.command("distill.py", *arguments), cwd=helpers.ROOT, env=helpers.environment(), stderr=subprocess.PIPE
-    )
-    log, deadline = killed / "log.jsonl", time.monotonic() + 300
-    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (killed / "model").exists()
-    helpers.run("distill.py", *arguments)
+    helpers.killed_and_resumed("distill.py", *flags(tiny_model, catalogue, cache, killed), out=killed)
     assert helpers.logged(killed, KEYS) == helpers.logged(run, KEYS)
-    for part in ("unet", "ema", "optimizer"):
-        a, b = (load_file(p / f"checkpoint-{STEPS}" / f"{part}.safetensors") for p in (run, killed))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
+    last = f"checkpoint-{STEPS}"
+    assert helpers.same_checkpoints(run / last, killed / last, ("unet", "ema", "optimizer"))
 
 
 def test_the_student_nears_the_end_of_its_teachers_path(whole: tuple[Path, Path]) -> None:

@@ -23,6 +23,8 @@ import gigdiff
 from gigdiff import lora as L
 from gigdiff.errors import DataError, GigdiffError, InputError, NumericalError
 from gigdiff.fit.families import FAMILIES as FAMILY_TABLE
+from gigdiff.fit.lora_config import LoraConfig
+from gigdiff.fit.lora_data import make_batch, read_photos
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +74,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tiny_model: Path, photos: Path, cache: Path, tmp_path: Path) -> Any:
     """A run of four steps on the tiny model of mini's layout."""
-    return F.LoraConfig(
+    return LoraConfig(
         pretrained_model_name_or_path=str(tiny_model), train_data_dir=str(photos), cache_dir=str(cache),
         output_dir=str(tmp_path / "run"), aspect_ratio_buckets=False, rank=4, lora_alpha=2, train_batch_size=2,
         max_train_steps=4, lr_warmup_steps=1, learning_rate=0.02, checkpointing_steps=2, validation_steps=2,
@@ -280,11 +282,11 @@ def test_caption_dropout_and_captions_work_with_the_cache(config: Any) -> None:
     data.captions = captions
     config = dataclasses.replace(config, caption_dropout=0.25)
     samples = [(i % 2, i // 2) for i in range(2000)]
-    batch = F.make_batch(data, samples, 0, family, config, "test")
+    batch = make_batch(data, samples, 0, family, config, "test")
     assert 0.2 < batch.texts.count("") / 2000 < 0.3
     assert {"one", "two", "three"} < set(batch.texts)
     # a sample is the same in any batch
-    part = F.make_batch(data, samples[100:110], 100, family, config, "test")
+    part = make_batch(data, samples[100:110], 100, family, config, "test")
     assert part.texts == batch.texts[100:110] and torch.equal(part.noise, batch.noise[100:110])
     assert batch.u.min() >= 0 and batch.u.max() < 1 and abs(batch.u.mean() - 0.5) < 0.03
 
@@ -367,7 +369,7 @@ def test_bad_photos_are_listed_up_to_the_limit_and_missing_captions_are_an_error
     (broken / "3.png").write_bytes(b"no image")
     (broken / "5.png").write_bytes((photos / "5.png").read_bytes()[:40])
     bad = short(config, train_data_dir=str(broken), max_bad_images=2)
-    train, held = F.read_photos(bad)
+    train, held = read_photos(bad, str(F.SAMPLE))
     assert len(train) + len(held) == 10
     assert capsys.readouterr().err.count("skipped photo") == 2
     with pytest.raises(DataError, match="2 bad images, max_bad_images=1"):

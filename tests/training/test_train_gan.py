@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import gigdiff
 from gigdiff.errors import GigdiffError, ModelMismatchError
@@ -76,21 +73,6 @@ def flags(catalogue: Path, autoencoder: Path, cache: Path, out: Path, steps: int
     ]  # fmt: skip
 
 
-def killed_and_resumed(script: str, arguments: list[str], out: Path) -> None:
-    """Run a script, SIGKILL it between two checkpoints, and run it again to the end."""
-    process = subprocess.Popen(command(script, *arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 300
-    log = out / "log.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (out / "model").exists()
-    run(script, *arguments, "--resume_from_checkpoint", "latest")
-
-
 @pytest.mark.parametrize(
     ("script", "sizes", "parts"),
     [
@@ -113,12 +95,10 @@ def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
     """Losses, norms, augmentation, measurements and all weights and moments; then the saved model draws."""
     whole, killed, steps = tmp_path / "whole", tmp_path / "killed", 20
     run(script, *flags(catalogue, autoencoder, cache, whole, steps), *sizes, launch=True)
-    killed_and_resumed(script, [*flags(catalogue, autoencoder, cache, killed, steps), *sizes], killed)
+    helpers.killed_and_resumed(script, *flags(catalogue, autoencoder, cache, killed, steps), *sizes, out=killed)
     assert logged(killed, KEYS) == logged(whole, KEYS)
     assert [line["step"] for line in logged(whole)] == list(range(1, steps + 1))
-    for part in parts:
-        a, b = (load_file(p / f"checkpoint-{steps}" / f"{part}.safetensors") for p in (whole, killed))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
+    assert helpers.same_checkpoints(whole / f"checkpoint-{steps}", killed / f"checkpoint-{steps}", parts)
     if script == "train_gan.py":
         assert logged(whole, KEYS)[-1]["augment_probability"] > 0, "it was really augmented"
     image = gigdiff.generate("red handbag", model=str(whole / "model"), seed=1, upscale=False)

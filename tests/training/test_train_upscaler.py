@@ -118,7 +118,9 @@ def test_sharpening_goes_on_from_it_resumes_exactly_and_mixes(
     )  # fmt: skip
     train(tmp_path / "a", *more)
     lines = log(tmp_path / "a")
-    assert lines[0]["adversarial_share"] == 0 and lines[-1]["adversarial_share"] > 0 < lines[-1]["perceptual_share"]
+    assert lines[0]["adversarial_share"] == 0 and 0 < lines[-1]["adversarial_share"] <= 1
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["l1_loss"] + 0.5 * line["perceptual_loss"], rel=1e-5)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-4")
     train(tmp_path / "b", *more, "--resume_from_checkpoint", "latest")
@@ -149,7 +151,7 @@ def test_mistakes(
     cases: list[tuple[tuple[str, ...], type[Exception], str]] = [
         (("--crop", "12"), InputError, "multiples of 8"),
         (("--degraded_share", "0.95"), InputError, "1 at most together"),
-        (("--perceptual_weight", "1"), InputError, "--adversarial_weight above 0"),
+        (("--perceptual_weight", "-1"), InputError, "0 or more"),
         (("--adversarial_weight", "1"), InputError, "--init_from"),
         (("--init_from", str(first / "upscaler"), "--blocks", "2"), ModelMismatchError, "must be the same"),
         (("--croq", "16"), InputError, "crop"),

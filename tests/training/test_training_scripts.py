@@ -75,6 +75,7 @@ def test_sharpening_trains_the_decoder_and_leaves_the_encoder_alone(
     run(
         "train_autoencoder.py", "--train_data_dir", str(catalogue), "--output_dir", str(tmp_path), *AUTOENCODER,
         "--init_from", str(autoencoder / "autoencoder"), "--decoder_only", "true", "--adversarial_weight", "0.03",
+        "--perceptual_weight", "0.1",
         "--discriminator_warmup_steps", "1", "--max_train_steps", "4", "--validation_steps", "4",
         "--checkpointing_steps", "2",
     )  # fmt: skip
@@ -83,6 +84,7 @@ def test_sharpening_trains_the_decoder_and_leaves_the_encoder_alone(
     )
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder"}
+    assert all(line["perceptual_loss"] > 0 for line in logged(tmp_path))
     assert {p.name for p in (tmp_path / "checkpoint-4").iterdir()} >= {"discriminator.safetensors", "model.safetensors"}
 
 
@@ -103,27 +105,13 @@ def test_kill_nine_and_resume_gives_the_uninterrupted_run_bit_for_bit(
     run("train_diffusion.py", *diffusion_flags(catalogue, autoencoder, cache, whole, steps), launch=True)
     encoded = sorted(cache.glob("*/shard-*"))
 
-    flags = [*diffusion_flags(catalogue, autoencoder, cache, killed, steps), "--resume_from_checkpoint", "latest"]
-    process = subprocess.Popen(
-        command("train_diffusion.py", *flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 300
-    log = killed / "log.jsonl"
-    # Killed between two checkpoints, so that steps already logged have to be done again.
-    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (killed / "model").exists()
-    run("train_diffusion.py", *flags)
+    flags = diffusion_flags(catalogue, autoencoder, cache, killed, steps)
+    helpers.killed_and_resumed("train_diffusion.py", *flags, out=killed)
 
     assert logged(killed) == logged(whole)
     assert [line["step"] for line in logged(whole)] == list(range(1, steps + 1))
-    for part in ("unet", "ema", "optimizer"):
-        a, b = (load_file(p / f"checkpoint-{steps}" / f"{part}.safetensors") for p in (whole, killed))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
+    last = f"checkpoint-{steps}"
+    assert helpers.same_checkpoints(whole / last, killed / last, ("unet", "ema", "optimizer"))
     assert (whole / "previews" / f"step-{steps:06d}.png").read_bytes() == (
         killed / "previews" / f"step-{steps:06d}.png"
     ).read_bytes()

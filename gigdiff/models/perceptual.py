@@ -1,0 +1,46 @@
+"""A perceptual loss on a pretrained network that is not the one the results are measured with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gigdiff.metrics.efficientnet import EfficientNetLite
+
+__all__ = ["perceptual_loss"]
+
+STAGES = (0, 1, 2, 4)  # at 1/2, 1/4, 1/8 and 1/16 of the resolution
+
+
+def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tuple[float, ...]) -> Tensor:
+    """Distance of two batches' feature maps, averaged over stages and sizes.
+
+    In the manner of LPIPS (Zhang et al., arXiv 1801.03924, eq. 1) with all channel weights 1: each position's features
+    are normalised to unit length, so a stage's term is between 0 and 4.
+
+    Args:
+        net: from `load_efficientnet("lite2")`; lite0 is what gigdiff measures with.
+        real: (N, 3, H, W) in [-1, 1]; constants.
+        fake: the same shape; gradients reach it.
+        sizes: factors that the pictures are enlarged by first. The network was trained on whole photos of 260 pixels:
+            small pictures want enlarging, and a second size makes other structures count.
+    """
+    terms = []
+    for size in sizes:
+        of_real, of_fake = (x if size == 1 else _resized(x, size) for x in (real, fake))
+        with torch.no_grad():
+            constants = _unit_maps(net, of_real)
+        terms += [(a - b).square().sum(1).mean() for a, b in zip(constants, _unit_maps(net, of_fake), strict=True)]
+    return torch.stack(terms).mean()
+
+
+def _resized(images: Tensor, factor: float) -> Tensor:
+    return F.interpolate(images, scale_factor=factor, mode="area" if factor < 1 else "bilinear")
+
+
+def _unit_maps(net: EfficientNetLite, images: Tensor) -> list[Tensor]:
+    # (v - 127) / 128 of a pixel v in [0, 255] is the networks' own normalisation.
+    x = ((images * 127.5 + 0.5) / 128.0).contiguous(memory_format=torch.channels_last)
+    maps = net.maps(x, STAGES[-1] + 1)
+    return [m / (m.norm(dim=1, keepdim=True) + 1e-6) for m in (maps[stage].float() for stage in STAGES)]
