@@ -62,7 +62,7 @@ def on_sand(picture: Image.Image) -> np.ndarray:
 
 def main() -> None:
     names = [f"{colour} {article}" for article, colours in PRODUCTS.items() for colour in colours]
-    pictures = gigdiff.generate(names, seed=SEED, progress=True)
+    pictures = gigdiff.generate(names, seed=SEED, progress=True, upscale=False)
     folder = OUT / "train"
     shutil.rmtree(OUT, ignore_errors=True)
     rows = []

@@ -18,6 +18,7 @@ from torch import Tensor
 from gigdiff.attention import set_attention
 from gigdiff.diffusion import guided
 from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, ModelNotFoundError, NumericalError
+from gigdiff.exactness import PerSampleLinear, rows_stand_alone
 from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
 from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_pil, to_uint8
@@ -44,8 +45,9 @@ class DiffusionGenerator:
     """Text tokens -> latents by a UNet -> pixels by the autoencoder, for gigdiff's own model folders.
 
     On a CPU that has bfloat16 instructions everything runs under bfloat16 autocast, on other CPUs in float32. Both are
-    exact in this sense: an image is the same bits in any batch (bfloat16 kernels were seen not to depend on the batch;
-    float32 ones do, so there images are drawn one by one). On CUDA this is not promised.
+    exact in this sense: an image is the same bits in any batch. bfloat16 kernels were seen not to depend on the batch;
+    for float32 see gigdiff.exactness: each size of batch is tried once, and where it fails images are drawn one by one.
+    On CUDA this is not promised.
 
     Args:
         unet: UNet2DConditionModel conditioned on `TextEmbedding.condition()`.
@@ -94,6 +96,7 @@ class DiffusionGenerator:
         self.slots = AdapterSlots({"unet": self.unet}, name, folder, self.unet.unload_lora)
         self._remembered: dict[str, TextEmbedding] = {}
         self._recent: dict[str, TextEmbedding] = {}
+        self._exact: dict[tuple[int, int, int], bool] = {}
         self.capabilities = Capabilities(
             default_size=(height, width),
             default_steps=num_inference_steps,
@@ -185,7 +188,7 @@ class DiffusionGenerator:
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
         notes = list(self.slots.use(*_loras(request)))
-        at_once = 1 if self.device.type == "cpu" and self.dtype == torch.float32 else len(request)
+        at_once = len(request) if self._batch_is_exact(request) else 1
         parts = []
         for start in range(0, len(request), at_once):
             part = request.part(start, start + at_once)
@@ -224,7 +227,31 @@ class DiffusionGenerator:
         self.vae.encoder = torch.nn.Identity()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            return PerSampleLinear()
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _batch_is_exact(self, request: GenerationRequest) -> bool:
+        """Whether this CPU's float32 kernels give an image the same bits in a batch of this size as alone."""
+        assert request.height and request.width
+        count = len(request)
+        if count == 1 or self.device.type != "cpu" or self.dtype != torch.float32:
+            return True
+        key = (count, request.height, request.width)
+        if key not in self._exact:
+            shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
+            generator = torch.Generator().manual_seed(0)
+            z = torch.randn((2 * count, *shape), generator=generator)
+            condition = self._embedding("").condition().expand(2 * count, -1, -1)
+            t = self.scheduler.timesteps[0]
+            with self._autocast():
+                # An image's two rows with guidance, its one without, and its pixels.
+                self._exact[key] = (
+                    rows_stand_alone(lambda x, c: self._unet(x, t, c), (z, condition), (0, count))
+                    and rows_stand_alone(lambda x, c: self._unet(x, t, c), (z[:count], condition[:count]), (0,))
+                    and rows_stand_alone(self._pixels, (z[:count],), (0,))
+                )
+        return self._exact[key]
 
     def _embed(self, texts: tuple[str, ...]) -> tuple[Tensor, list[str]]:
         """Conditions (N, 1 + L, D) and notes on what was cut. Texts are encoded alone: neighbours don't matter."""
@@ -328,8 +355,10 @@ class DiffusionGenerator:
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> np.ndarray:
         with self._autocast():
-            pixels = self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-        return to_uint8(pixels.float().cpu())
+            return to_uint8(self._pixels(latents).float().cpu())
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
 
 
 def _alpha(alphas: Tensor, t: Tensor) -> float:
