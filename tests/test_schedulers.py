@@ -142,15 +142,16 @@ def test_a_pipeline_draws_with_the_solver_and_gets_its_own_back(tiny_pipeline: P
 
 
 def test_the_solver_is_in_the_file_and_draws_the_picture_again(tiny_model: Path, tmp_path: Path):
+    # LCM, which draws noise on the way: of untrained weights in bfloat16 the others give the default's very picture.
     drawn = gigdiff.generate(
-        "red wool coat", model=str(tiny_model), seed=5, num_inference_steps=3, scheduler="euler", upscale=False
+        "red wool coat", model=str(tiny_model), seed=5, num_inference_steps=3, scheduler="lcm", upscale=False
     )
     other = gigdiff.generate("red wool coat", model=str(tiny_model), seed=5, num_inference_steps=3, upscale=False)
-    assert drawn.info["scheduler"] == "euler" and "scheduler" not in other.info
+    assert drawn.info["scheduler"] == "lcm" and "scheduler" not in other.info
     assert not np.array_equal(np.asarray(drawn), np.asarray(other))
     path = save(tmp_path / "coat.png", drawn, drawn.info)
     again, fields = redraw(path)
-    assert fields["scheduler"] == "euler"
+    assert fields["scheduler"] == "lcm"
     assert np.array_equal(np.asarray(again), np.asarray(drawn))
 
 
