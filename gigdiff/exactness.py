@@ -32,9 +32,11 @@ def _per_sample(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if input.ndim < 2:
         return F.linear(input, weight, bias)
     rows = input.reshape(len(input), -1, input.shape[-1])
-    weights = weight.T.expand(len(input), -1, -1)
+    if len(rows) == 1:  # a batch of one is no batch to the kernels: they would take the plain product
+        rows = rows.expand(2, -1, -1)
+    weights = weight.T.expand(len(rows), -1, -1)
     out = torch.bmm(rows, weights) if bias is None else torch.baddbmm(bias, rows, weights)
-    return out.view(*input.shape[:-1], weight.shape[0])
+    return out[: len(input)].view(*input.shape[:-1], weight.shape[0])
 
 
 @torch.no_grad()
