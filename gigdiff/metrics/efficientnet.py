@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from gigdiff.errors import MissingDependencyError, ModelMismatchError
 
-__all__ = ["VARIANTS", "EfficientNetLite", "Variant", "channels_last", "load_efficientnet", "weights_path"]
+__all__ = ["VARIANTS", "EfficientNetLite", "Variant", "channels_last", "load_efficientnet", "unit_maps", "weights_path"]
 
 BATCH_NORM_EPS = 1e-3
+PERCEPTUAL_STAGES = (0, 1, 2, 4)
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -154,6 +155,12 @@ class EfficientNetLite(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+
+def unit_maps(net: EfficientNetLite, x: torch.Tensor) -> list[torch.Tensor]:
+    """What perceptual distances compare: maps of normalised images at 1/2 to 1/16, of unit length a position."""
+    maps = net.maps(x.contiguous(memory_format=torch.channels_last), PERCEPTUAL_STAGES[-1] + 1)
+    return [maps[stage] / (maps[stage].norm(dim=1, keepdim=True) + 1e-6) for stage in PERCEPTUAL_STAGES]
 
 
 def weights_path(name: str = "lite0") -> Path:

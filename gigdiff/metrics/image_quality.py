@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from gigdiff.errors import InputError
-from gigdiff.metrics.efficientnet import load_efficientnet
+from gigdiff.metrics.efficientnet import load_efficientnet, unit_maps
 from gigdiff.metrics.features import check_images, resize_antialiased
 
 __all__ = ["PERCEPTUAL_NAME", "image_quality", "perceptual_distance", "psnr", "sharpness_ratio", "ssim"]
@@ -71,10 +71,8 @@ def perceptual_distance(originals: np.ndarray, others: np.ndarray) -> np.ndarray
         for start in range(0, len(originals), 32):
             pair = np.concatenate([originals[start : start + 32], others[start : start + 32]])
             x = (resize_antialiased(pair, 160, 128) - 127.0) / 128.0
-            maps = net.maps(x.contiguous(memory_format=torch.channels_last), 5)
             total = torch.zeros(len(pair) // 2, dtype=torch.float64)
-            for stage in (0, 1, 2, 4):
-                unit = maps[stage] / (maps[stage].norm(dim=1, keepdim=True) + 1e-6)
+            for unit in unit_maps(net, x):
                 a, b = unit.chunk(2)
                 total += (a - b).pow(2).sum(dim=1).mean(dim=(1, 2)).double()
             out.append((total / 4.0).numpy())

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gigdiff.metrics.efficientnet import EfficientNetLite
+from gigdiff.metrics.efficientnet import EfficientNetLite, unit_maps
 
 __all__ = ["perceptual_loss"]
-
-STAGES = (0, 1, 2, 4)  # at 1/2, 1/4, 1/8 and 1/16 of the resolution
 
 
 def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tuple[float, ...]) -> Tensor:
@@ -41,6 +39,4 @@ def _resized(images: Tensor, factor: float) -> Tensor:
 
 def _unit_maps(net: EfficientNetLite, images: Tensor) -> list[Tensor]:
     # (v - 127) / 128 of a pixel v in [0, 255] is the networks' own normalisation.
-    x = ((images * 127.5 + 0.5) / 128.0).contiguous(memory_format=torch.channels_last)
-    maps = net.maps(x, STAGES[-1] + 1)
-    return [m / (m.norm(dim=1, keepdim=True) + 1e-6) for m in (maps[stage].float() for stage in STAGES)]
+    return unit_maps(net, (images * 127.5 + 0.5) / 128.0)
