@@ -81,15 +81,17 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         shown = [x for row in zip(inputs[:8], bicubic[:8], made[:8], real[:8], strict=True) for x in row]
         labels = ["small", "bicubic", f"fidelity {fidelity:g}", "real"] * 8
         save_image(args.output / f"fidelity-{fidelity:g}.png", contact_sheet(shown, 8, labels), overwrite=True)
-    print(f"| {len(pairs)} true pairs | PSNR, dB | over bicubic | perceptual | over bicubic's | sharpness | images/s |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    head = "PSNR, dB | over bicubic | perceptual | over bicubic's | sharpness | edges | images/s"
+    print(f"| {len(pairs)} true pairs | {head} |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     base = results["bicubic"]
     for name, row in results.items():
         row["psnr_gain"] = row["psnr"] - base["psnr"]
         row["perceptual_ratio"] = row["perceptual"] / base["perceptual"]
         print(
             f"| {name} | {row['psnr']:.2f} | {row['psnr_gain']:+.2f} | {row['perceptual']:.4f} | "
-            f"{row['perceptual_ratio']:.2f} | {row['sharpness']:.2f} | {row.get('images_per_second', 0):.1f} |"
+            f"{row['perceptual_ratio']:.2f} | {row['sharpness']:.2f} | {row['edges']:.2f} | "
+            f"{row.get('images_per_second', 0):.1f} |"
         )
     print(f"goals: {', '.join(f'{name} {value:g}' for name, value in GOALS.items())}")
     return {"model": args.model, "results": results}

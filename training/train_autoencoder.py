@@ -41,7 +41,7 @@ from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
 from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
-from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.models.discriminator import FeatureDiscriminator, PatchDiscriminator, discriminator_loss, generator_loss
 from gigdiff.models.perceptual import perceptual_loss
 from gigdiff.models.saving import save_network
 from gigdiff.precision import training_precision
@@ -85,6 +85,7 @@ class AutoencoderConfig:
         edge_weight: weight of the absolute error of horizontal and vertical differences.
         perceptual_weight: weight of the distance of EfficientNet-Lite2's features; 0 is off.
         adversarial_weight: weight of the adversarial loss; 0 is off. Its gradient is capped at the others'.
+        discriminator: "features": heads on EfficientNet-Lite2's features; "patch": a network of its own on pixels.
         discriminator_warmup_steps: steps that train the discriminator alone.
         discriminator_learning_rate: Adam's rate for the discriminator.
         discriminator_gamma: weight of its gradient penalty.
@@ -130,6 +131,7 @@ class AutoencoderConfig:
     edge_weight: float = 0.5
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
+    discriminator: Literal["features", "patch"] = "features"
     discriminator_learning_rate: float = 2e-4
     discriminator_gamma: float = 0.02
     discriminator_warmup_steps: int = 100
@@ -231,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         model.encoder.requires_grad_(False)
     # Channels last is what the CPU's and the tensor cores' convolutions want.
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    perceptual_net = load_efficientnet("lite2").to(accelerator.device) if config.perceptual_weight > 0 else None
+    needs_features = config.perceptual_weight > 0 or (adversarial and config.discriminator == "features")
+    feature_net = load_efficientnet("lite2").to(accelerator.device) if needs_features else None
     ema = Ema(model, config.ema_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -242,7 +245,12 @@ def main(argv: list[str] | None = None) -> None:
         fused=True,
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
-    critic = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    critic: torch.nn.Module = (
+        FeatureDiscriminator(feature_net, PERCEPTUAL_SIZES[0])
+        if feature_net is not None and config.discriminator == "features"
+        else PatchDiscriminator()
+    )
+    critic = critic.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     critic_optimizer = torch.optim.Adam(
         critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.99), fused=True
     )
@@ -308,15 +316,16 @@ def main(argv: list[str] | None = None) -> None:
             + config.prior_weight * raw.float().square().mean()
         )
         values: dict[str, float] = {"learning_rate": rate}
-        if perceptual_net is not None:
-            alike = perceptual_loss(perceptual_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES)
+        if feature_net is not None and config.perceptual_weight > 0:
+            alike = perceptual_loss(feature_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES)
             loss = loss + config.perceptual_weight * alike
             values["perceptual_loss"] = alike.item()
         check_finite(loss.item(), step, rate)
         values["loss"] = loss.item()
         if adversarial:
             (fidelity,) = torch.autograd.grad(loss, rebuilt, retain_graph=True)
-            generator = generator_loss(critic, pixels, rebuilt)
+            with accelerator.autocast():
+                generator = generator_loss(critic, pixels, rebuilt)
             (sharpness,) = torch.autograd.grad(generator, rebuilt)
             # Capped, never raised: scaling a weak discriminator's gradient up made both run away together.
             ratio = float(sharpness.norm() / fidelity.norm())
@@ -327,9 +336,10 @@ def main(argv: list[str] | None = None) -> None:
             values["adversarial_share"] = scale * ratio
             positions = positions_of_step(step, config.train_batch_size, process, processes)
             critic_noise = rng.normal(pixels.shape[1:], config.seed, "discriminator noise", positions).to(pixels)
-            critic_loss = discriminator_loss(
-                critic, pixels, rebuilt.detach(), critic_noise, gamma=config.discriminator_gamma
-            )
+            with accelerator.autocast():
+                critic_loss = discriminator_loss(
+                    critic, pixels, rebuilt.detach(), critic_noise, gamma=config.discriminator_gamma
+                )
             accelerator.backward(critic_loss)
             critic_optimizer.step()
             critic_optimizer.zero_grad()

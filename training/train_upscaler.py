@@ -44,7 +44,7 @@ from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.images import contact_sheet, fit_image, fitted_box, save_image, to_model, to_uint8
 from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
-from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.models.discriminator import FeatureDiscriminator, PatchDiscriminator, discriminator_loss, generator_loss
 from gigdiff.models.perceptual import perceptual_loss
 from gigdiff.models.saving import save_network
 from gigdiff.models.upscaler import ProductUpscaler, load_upscaler_network
@@ -86,7 +86,8 @@ class UpscalerConfig:
         l1_weight: weight of the mean absolute error.
         perceptual_weight: weight of the distance of EfficientNet-Lite2's features; 0 is off.
         adversarial_weight: weight of the adversarial loss, whose gradient is capped at the others' size; 0 is off.
-        discriminator_width: channels of the discriminator's first layer.
+        discriminator: "features": heads on EfficientNet-Lite2's features; "patch": a network of its own on pixels.
+        discriminator_width: channels of the heads, or of the patch discriminator's first layer.
         discriminator_warmup_steps: steps that train the discriminator alone.
         discriminator_learning_rate: Adam's rate for the discriminator.
         discriminator_gamma: weight of its gradient penalty.
@@ -127,7 +128,8 @@ class UpscalerConfig:
     l1_weight: float = 1.0
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
-    discriminator_width: int = 32
+    discriminator: Literal["features", "patch"] = "features"
+    discriminator_width: int = 64
     discriminator_warmup_steps: int = 100
     discriminator_learning_rate: float = 2e-4
     discriminator_gamma: float = 0.02
@@ -322,13 +324,18 @@ def main(argv: list[str] | None = None) -> None:
     if config.decoded_share > 0:
         vae = load_autoencoder(str(config.autoencoder)).eval()
         vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    perceptual_net = load_efficientnet("lite2").to(device) if config.perceptual_weight > 0 else None
+    needs_features = config.perceptual_weight > 0 or (adversarial and config.discriminator == "features")
+    feature_net = load_efficientnet("lite2").to(device) if needs_features else None
     ema = Ema(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
-    critic = PatchDiscriminator(config.discriminator_width)
+    critic: torch.nn.Module = (
+        FeatureDiscriminator(feature_net, width=config.discriminator_width)
+        if feature_net is not None and config.discriminator == "features"
+        else PatchDiscriminator(config.discriminator_width)
+    )
     critic = critic.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     critic_optimizer = torch.optim.Adam(
         critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.99), fused=True
@@ -410,8 +417,8 @@ def main(argv: list[str] | None = None) -> None:
         made = wrapped(inputs).float()
         loss = config.l1_weight * (made - targets).abs().mean()
         values: dict[str, float] = {"l1_loss": loss.item(), "learning_rate": rate}
-        if perceptual_net is not None:
-            alike = perceptual_loss(perceptual_net, targets, made, PERCEPTUAL_SIZES)
+        if feature_net is not None and config.perceptual_weight > 0:
+            alike = perceptual_loss(feature_net, targets, made, PERCEPTUAL_SIZES)
             loss = loss + config.perceptual_weight * alike
             values["perceptual_loss"] = alike.item()
         check_finite(loss.item(), step, rate)

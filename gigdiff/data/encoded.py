@@ -31,6 +31,11 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return content_key(*parts).hex()[:16]
 
 
+def _encodes_in_bfloat16(device: torch.device) -> bool:
+    """On a CPU that computes in it encoding takes half the time; `mini`'s latents move by 0.4% of their spread."""
+    return device.type == "cpu" and cpu_has_bfloat16()
+
+
 def _bar(what: str, total: int) -> Any:
     return tqdm(total=total, desc=what, file=sys.stderr, mininterval=5, disable=total == 0)
 
@@ -78,7 +83,9 @@ class EncodedProducts:
         self.cut: dict[str, str] = {}
         self._latents: ContentStore | None = None
         if vae is not None:
-            fingerprint = content_key(model_fingerprint(vae), f"{height}x{width}").hex()[:16]
+            fast = _encodes_in_bfloat16(next(vae.parameters()).device)
+            precision = "bfloat16" if fast else "float32"
+            fingerprint = content_key(model_fingerprint(vae), f"{height}x{width}", precision).hex()[:16]
             self._latents = ContentStore(cache_dir, "latents", fingerprint)
             self._image_keys = [content_key(dataset.image_bytes(i)) for i in range(len(dataset))]
             self._fill_latents(self._latents, vae, share)
@@ -99,7 +106,8 @@ class EncodedProducts:
         device = next(vae.parameters()).device
 
         def encode(chosen: list[int]) -> list[np.ndarray]:
-            latents = vae.encode(self.pixels([mine[i] for i in chosen]).to(device)).latent_dist.mode()
+            with torch.autocast("cpu", torch.bfloat16, enabled=_encodes_in_bfloat16(device)):
+                latents = vae.encode(self.pixels([mine[i] for i in chosen]).to(device)).latent_dist.mode()
             return list(latents.float().cpu().numpy().astype(np.float16)[:, None])
 
         keys = [self._image_keys[i] for i in mine]
@@ -115,8 +123,7 @@ class EncodedProducts:
         def encode(chosen: list[int]) -> list[np.ndarray]:
             batch = [texts[i] for i in chosen]
             longest = min(encoder.max_length, max(encoder.count(text) for text in batch))
-            fast = encoder.device.type == "cpu" and cpu_has_bfloat16()
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=_encodes_in_bfloat16(encoder.device)):
                 embedding = encoder.encode(batch, pad_to=longest)
             self.cut |= {text: cut for text, cut in zip(batch, embedding.cut, strict=True) if cut}
             rows = torch.cat([embedding.pooled.unsqueeze(1), embedding.tokens], 1).cpu().numpy().astype(np.float16)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -146,6 +147,10 @@ class EfficientNetLite(nn.Module):
         """Normalised images (N, 3, H, W) -> pooled features (N, 1280) and the seven stages' maps (N, C, h, w)."""
         maps = self.maps(x, len(self.stages))
         return F.relu6(self.head(maps[-1]), inplace=True).mean(dim=(2, 3)), maps
+
+    def channels(self, stages: Sequence[int]) -> list[int]:
+        """How many channels the maps of these stages have."""
+        return [self.stages[stage][-1].project.out_channels for stage in stages]  # type: ignore[index,union-attr]
 
     def maps(self, x: torch.Tensor, count: int) -> list[torch.Tensor]:
         """Normalised images (N, 3, H, W) -> the first `count` stages' maps (N, C, h, w)."""

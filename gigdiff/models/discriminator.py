@@ -1,4 +1,4 @@
-"""A patch discriminator and its losses, for sharpening an autoencoder's decoder or an upscaler."""
+"""Discriminators of pictures and their losses, for sharpening an autoencoder's decoder or an upscaler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PatchDiscriminator", "discriminator_loss", "generator_loss"]
+from gigdiff.metrics.efficientnet import PERCEPTUAL_STAGES, EfficientNetLite
+from gigdiff.models.perceptual import resized, stage_maps
+
+__all__ = ["FeatureDiscriminator", "PatchDiscriminator", "discriminator_loss", "generator_loss"]
 
 
 class PatchDiscriminator(nn.Module):
@@ -33,6 +36,42 @@ class PatchDiscriminator(nn.Module):
         for layer in self.layers:
             h = F.leaky_relu(layer(h), 0.2)
         return self.out(h)
+
+
+class FeatureDiscriminator(nn.Module):
+    """(N, 3, H, W) -> logits (N, 1, H/16, W/16) of the enlarged picture, read off a pretrained network's features.
+
+    A discriminator that starts from pixels has to learn to see first; on frozen features small heads judge from the
+    start (Projected GANs, Sauer et al. 2021, arXiv 2111.01007). One head a stage, at 1/2 to 1/16 of the resolution;
+    their logits are averaged over 16 x 16 patches and then over the stages.
+
+    Args:
+        net: from `load_efficientnet("lite2")`; constant, and no part of `parameters()` or `state_dict()`.
+        size: factor that pictures are enlarged by first, see `perceptual_loss`.
+        width: channels of the heads.
+    """
+
+    def __init__(self, net: EfficientNetLite, size: float = 1, width: int = 64) -> None:
+        super().__init__()
+        self._frozen = (net,)  # in a tuple: torch would make it a part of this module
+        self.size = size
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, 1, 1),
+            )
+            for channels in net.channels(PERCEPTUAL_STAGES)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = stage_maps(self._frozen[0], resized(x, self.size))
+        # Unit vectors have small entries; times the root of their length they are of the heads' usual size.
+        logits = [head(h * h.shape[1] ** 0.5) for head, h in zip(self.heads, maps, strict=True)]
+        patches = logits[-1].shape[-2:]
+        return torch.stack([F.adaptive_avg_pool2d(one, patches) for one in logits]).mean(0)
 
 
 def discriminator_loss(

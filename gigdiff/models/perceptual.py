@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gigdiff.metrics.efficientnet import EfficientNetLite, unit_maps
 
-__all__ = ["perceptual_loss"]
+__all__ = ["perceptual_loss", "resized", "stage_maps"]
 
 
 def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tuple[float, ...]) -> Tensor:
@@ -26,17 +26,21 @@ def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tu
     """
     terms = []
     for size in sizes:
-        of_real, of_fake = (x if size == 1 else _resized(x, size) for x in (real, fake))
+        of_real, of_fake = resized(real, size), resized(fake, size)
         with torch.no_grad():
-            constants = _unit_maps(net, of_real)
-        terms += [(a - b).square().sum(1).mean() for a, b in zip(constants, _unit_maps(net, of_fake), strict=True)]
+            constants = stage_maps(net, of_real)
+        terms += [(a - b).square().sum(1).mean() for a, b in zip(constants, stage_maps(net, of_fake), strict=True)]
     return torch.stack(terms).mean()
 
 
-def _resized(images: Tensor, factor: float) -> Tensor:
+def resized(images: Tensor, factor: float) -> Tensor:
+    """Images (N, 3, H, W) `factor` times as high and wide."""
+    if factor == 1:
+        return images
     return F.interpolate(images, scale_factor=factor, mode="area" if factor < 1 else "bilinear")
 
 
-def _unit_maps(net: EfficientNetLite, images: Tensor) -> list[Tensor]:
+def stage_maps(net: EfficientNetLite, images: Tensor) -> list[Tensor]:
+    """The stages' maps of images (N, 3, H, W) in [-1, 1], at 1/2 to 1/16 of their size, of unit length a position."""
     # (v - 127) / 128 of a pixel v in [0, 255] is the networks' own normalisation.
     return unit_maps(net, (images * 127.5 + 0.5) / 128.0)

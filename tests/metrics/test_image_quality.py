@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from gigdiff.errors import InputError
-from gigdiff.metrics.image_quality import image_quality, perceptual_distance, psnr, sharpness_ratio, ssim
+from gigdiff.metrics.image_quality import edge_contrast, image_quality, perceptual_distance, psnr, sharpness_ratio, ssim
 
 
 def photos(n=3, seed=0):
@@ -72,6 +72,21 @@ def test_sharpness_moves_both_ways_and_swapped_arguments_show():
     np.testing.assert_allclose(sharpness_ratio(a, soft) * sharpness_ratio(soft, a), 1)
     assert (sharpness_ratio(a, noisy(a, 25)) > 1).all()
     assert np.isnan(sharpness_ratio(np.full((1, 16, 16, 3), 7, np.uint8), a[:1, :16, :16])).all()
+
+
+def test_edge_contrast_by_hand_and_blind_to_what_is_no_edge():
+    step = np.full((1, 20, 20, 3), 40, np.uint8)
+    step[:, :, 10:] = 200  # one edge: two columns of 160 / 2, a tenth of the positions
+    half = np.full_like(step, 40)
+    half[:, :, 10:] = 120
+    assert edge_contrast(step, half)[0] == pytest.approx(0.5)
+    assert edge_contrast(half, step)[0] == pytest.approx(2)
+    speckled = step.copy()
+    speckled[:, ::2, :8:2] += 9  # far from the edge
+    assert edge_contrast(step, speckled)[0] == pytest.approx(1) and sharpness_ratio(step, speckled)[0] > 1.01
+    assert np.isnan(edge_contrast(np.full((1, 16, 16, 3), 7, np.uint8), step[:, :16, :16])).all()
+    a = photos()
+    assert (edge_contrast(a, blurred(a, 1)) < edge_contrast(a, blurred(a, 0.5))).all()
 
 
 def test_bad_input():

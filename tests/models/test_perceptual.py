@@ -1,4 +1,4 @@
-"""The perceptual loss: numbers of the formula, and what it must prefer."""
+"""The perceptual loss and the discriminator on the same features: the formula's numbers, what each must prefer."""
 
 import importlib.util
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gigdiff.metrics.efficientnet import VARIANTS, load_efficientnet
+from gigdiff.models.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from gigdiff.models.perceptual import perceptual_loss
 
 pytestmark = pytest.mark.skipif(
@@ -53,3 +54,33 @@ def test_a_size_is_the_distance_of_the_enlarged_pictures():
     assert perceptual_loss(net, *pair, (2,)).item() == pytest.approx(
         perceptual_loss(net, *twice, (1,)).item(), rel=1e-4
     )
+
+
+def test_a_feature_discriminator_learns_sharp_from_soft_and_leaves_its_network_alone():
+    torch.manual_seed(0)
+    net = load_efficientnet("lite2")
+    before = net.stem.weight.clone()
+    critic = FeatureDiscriminator(net, size=2, width=16)
+    assert critic(pictures(0)).shape == (2, 1, 8, 8)  # 64 pixels, enlarged to 128, in patches of 16
+    assert not any(name.startswith("_frozen") or "stem" in name for name in critic.state_dict())
+    noise = 0.2 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    real, soft = (pictures(0) + noise).clamp(-1, 1), pictures(0)
+    optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
+    first = discriminator_loss(critic, real, soft, noise, gamma=0.01).item()
+    for _ in range(15):
+        loss = discriminator_loss(critic, real, soft, noise, gamma=0.01)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * first
+    assert torch.equal(net.stem.weight, before)
+    with torch.no_grad():  # the generator's loss wants what looks real
+        assert generator_loss(critic, real, real) < generator_loss(critic, real, soft)
+    fake = soft.clone().requires_grad_()
+    generator_loss(critic, real, fake).backward()
+    assert fake.grad is not None and fake.grad.abs().max() > 0
+
+
+def test_without_stages_mixed_up_each_head_fits_its_map():
+    net = load_efficientnet("lite2")
+    assert net.channels((0, 1, 2, 4)) == [m.shape[1] for i, m in enumerate(net.maps(pictures(0), 5)) if i != 3]
