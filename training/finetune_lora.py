@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
@@ -55,7 +54,7 @@ from gigdiff.fit.lora_data import (
     read_photos,
 )
 from gigdiff.fit.lora_preview import drawing_settings, preview
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_cpu_processes
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator, start_cpu_processes
 from gigdiff.fit.schedule import learning_rate
 from gigdiff.generators.diffusion import DiffusionGenerator
 from gigdiff.generators.loading import load, resolve
@@ -134,10 +133,10 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
     check(config)
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     out = Path(config.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(str(out)),
+    accelerator = start_accelerator(
+        config.mixed_precision,
+        config.report_to,
+        out,
         # the main process may draw class images or previews for long while the others wait
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
     )
@@ -378,8 +377,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         f"{len(train)} photos: {summary(sources[0][2])}; {len(encoded.get('held-out') or [])} held out"
     )
     log = JsonLines(out / "log.jsonl", first_step) if main else None
-    if config.report_to != "none":
-        accelerator.init_trackers("logs")
+    accelerator.init_trackers("logs")
     stop = StopSignal().install()
     preview_steps = config.preview_steps or config.validation_steps
     validation_loss: float | None = None

@@ -19,8 +19,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 
 from gigdiff import rng
 from gigdiff.data import ProductDataset, load_products
@@ -35,7 +33,7 @@ from gigdiff.fit.checkpoint import (
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
@@ -219,11 +217,8 @@ def main(argv: list[str] | None = None) -> None:
             "adversarial_weight > 0 trains the decoder only: add --decoder_only true and --init_from FOLDER"
         )
     out = Path(config.output_dir)
-    trackers = None if config.report_to == "none" else config.report_to
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
-    )
+    accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
     train = load_products(source, split=config.train_split, limit=config.max_train_samples)
     held_out = load_products(source, split=config.validation_split, limit=config.num_validation_images)
     photos = load_pixels(held_out, list(range(len(held_out))), config.height, config.width)
@@ -274,8 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
     log = JsonLines(out / "log.jsonl", first_step) if main_process else None
-    if trackers:
-        accelerator.init_trackers("logs")
+    accelerator.init_trackers("logs")
 
     def save(step: int) -> None:
         tensors = {

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from gigdiff import rng
@@ -33,7 +31,7 @@ from gigdiff.fit.ema import Ema
 from gigdiff.fit.muon import MuonAdamW
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
 from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_folder
@@ -249,11 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     check_size("--height", config.height)
     check_size("--width", config.width)
     out = Path(config.output_dir)
-    trackers = None if config.report_to == "none" else config.report_to
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
-    )
+    accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
     device, main_process = accelerator.device, accelerator.is_main_process
     processes, process = accelerator.num_processes, accelerator.process_index
 
@@ -302,8 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         count = sum(p.numel() for p in unet.parameters())
         print(f"{count / 1e6:.1f} M parameters, {len(train):,} photos, attention {chosen}", file=sys.stderr, flush=True)
     log = JsonLines(out / "log.jsonl", first_step) if main_process else None
-    if trackers:
-        accelerator.init_trackers("logs")
+    accelerator.init_trackers("logs")
 
     def averaged_unet() -> UNet2DConditionModel:
         with ema.applied_to(unet):

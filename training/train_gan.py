@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
@@ -39,7 +37,7 @@ from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
 from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
@@ -336,11 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     penalty_kind = config.checked_penalty()
     finite = config.penalty_method == "finite_difference" and penalty_kind in ("r1", "r1_r2")
     out = Path(config.output_dir)
-    trackers = None if config.report_to == "none" else config.report_to
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
-    )
+    accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
     device, main_process = accelerator.device, accelerator.is_main_process
     processes, process = accelerator.num_processes, accelerator.process_index
 
@@ -423,8 +418,7 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
     log = JsonLines(out / "log.jsonl", first_step) if main_process else None
-    if trackers:
-        accelerator.init_trackers("logs")
+    accelerator.init_trackers("logs")
 
     def averaged() -> torch.nn.Module:
         with ema.applied_to(generator):

@@ -22,8 +22,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from PIL import Image, ImageFilter
 
 from gigdiff import rng
@@ -39,7 +37,7 @@ from gigdiff.fit.checkpoint import (
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.images import contact_sheet, fit_image, fitted_box, save_image, to_model, to_uint8
 from gigdiff.metrics.efficientnet import load_efficientnet
@@ -290,11 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     if adversarial and config.init_from is None:
         raise InputError("--adversarial_weight is phase 2: give phase 1's network with --init_from RUN/upscaler")
     out = Path(config.output_dir)
-    trackers = None if config.report_to == "none" else config.report_to
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=trackers, project_config=ProjectConfiguration(str(out))
-    )
+    accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
     device = accelerator.device
 
     def load_pairs(split: str, limit: int | None) -> Pairs:
@@ -360,8 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
     log = JsonLines(out / "log.jsonl", first_step) if main_process else None
-    if trackers:
-        accelerator.init_trackers("logs")
+    accelerator.init_trackers("logs")
 
     def save(step: int) -> None:
         tensors = {

@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from gigdiff.errors import InputError, NumericalError
 
-__all__ = ["JsonLines", "StopSignal", "check_finite", "prefetched", "start_cpu_processes"]
+__all__ = [
+    "JsonLines",
+    "StopSignal",
+    "check_finite",
+    "prefetched",
+    "start_accelerator",
+    "start_cpu_processes",
+    "threads_left_idle",
+]
 
 Item = TypeVar("Item")
 
@@ -75,6 +85,46 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:  # a second Ctrl-C means now
             raise KeyboardInterrupt
         self.requested = True
+
+
+def start_accelerator(mixed_precision: str, report_to: str, out: Path, **options: Any) -> Accelerator:
+    """The run's Accelerator, with a tracker's files (`report_to`, or "none") in `out`; on a CPU it takes all cores.
+
+    Args:
+        options: more of Accelerator's own.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_config=ProjectConfiguration(str(out)),
+        **options,
+    )
+    threads = threads_left_idle() if accelerator.device.type == "cpu" else 0
+    if threads and accelerator.num_processes == 1:
+        torch.set_num_threads(threads)
+        print(f"{threads} threads (accelerate launch had left one; OMP_NUM_THREADS=N changes it)", file=sys.stderr)
+    return accelerator
+
+
+def threads_left_idle() -> int:
+    """How many threads this process should have, where `accelerate launch` gave it one that nobody asked for; else 0.
+
+    Accelerate (1.15) sets OMP_NUM_THREADS=1 for a process on a CPU unless --num_processes is given; training then takes
+    twice as long on two cores. A number in the launcher's own environment or command line is left alone.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return 0
+    import psutil  # accelerate needs it too
+
+    try:
+        launcher = psutil.Process(os.getppid())
+        words, asked = " ".join(launcher.cmdline()), launcher.environ().get("OMP_NUM_THREADS")
+    except psutil.Error:
+        return 0
+    if "accelerate" not in words or asked or re.search(r"--num[_-]cpu[_-]threads", words):
+        return 0
+    cores = psutil.cpu_count(logical=False) or 1
+    return cores if cores > 1 else 0
 
 
 def check_finite(loss: float, step: int, learning_rate: float) -> None:

@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -252,3 +255,24 @@ def test_unknown_keys_and_flags_name_the_nearest(tmp_path: Path) -> None:
         parse_config(Example, "x", ["--learning_rate", "fast"])
     with pytest.raises(InputError, match="can't be read"):
         parse_config(Example, "x", ["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.skipif((psutil.cpu_count(logical=False) or 1) < 2, reason="needs two cores")
+@pytest.mark.parametrize(
+    ("words", "asked", "expected"), [((), None, None), ((), "1", 1), (("--num_cpu_threads_per_process", "1"), None, 1)]
+)
+def test_accelerate_launch_leaves_no_core_idle_unless_asked_to(tmp_path, words, asked, expected):
+    """Accelerate sets OMP_NUM_THREADS=1 for a CPU run: `mini` once trained on one of two cores unnoticed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, pathlib\nfrom gigdiff.fit.run import start_accelerator\n"
+        f"start_accelerator('no', 'none', pathlib.Path({str(tmp_path)!r}))\nprint(torch.get_num_threads())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | (
+        {"OMP_NUM_THREADS": asked} if asked else {}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *words, str(script)],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) == (expected or psutil.cpu_count(logical=False))
