@@ -97,7 +97,6 @@ class TextEncoder:
         """
         if self.count(text) <= self.max_length:
             return text, ""
-        # Words are at least a token each; lower the limit until the tokenizer agrees.
         for limit in range(self.max_length - 2, 0, -1):
             kept, left_out = condense(text, limit)
             if kept and self.count(kept) <= self.max_length:

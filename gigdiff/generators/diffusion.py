@@ -25,6 +25,7 @@ from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.saving import save_network
+from gigdiff.packing import pack
 from gigdiff.precision import embedded_dtype
 from gigdiff.schedulers import build_scheduler, possible_schedulers
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
@@ -89,6 +90,9 @@ class DiffusionGenerator:
         move = torch.nn.Module.to
         self.unet: Any = move(unet, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.vae: Any = move(vae, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            pack(self.unet)
+            pack(self.vae)
         self.scheduler = scheduler
         self.text_encoder = text_encoder
         self.guidance_interval = guidance_interval

@@ -1,0 +1,77 @@
+"""Packed layers: the same bits as torch's own, whatever happens to the weights."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from torch import nn
+
+from gigdiff.packing import _PACKED, pack
+from gigdiff.precision import cpu_has_bfloat16
+
+pytestmark = pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not compute in bfloat16")
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8,
+    )  # fmt: skip
+    return unet.eval().to(memory_format=torch.channels_last)
+
+
+def draw(unet: nn.Module, rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    z = torch.randn(rows, 4, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
+    text = torch.randn(rows, 5, 24, generator=generator)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return unet(z, torch.tensor(300), encoder_hidden_states=text).sample
+
+
+def packed_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module in _PACKED]
+
+
+def test_same_bits_in_every_batch_and_after_every_change_of_weights():
+    plain = tiny_unet()
+    packed = copy.deepcopy(plain)
+    pack(packed)
+    for rows in (1, 2, 5, 16):
+        assert torch.equal(draw(packed, rows), draw(plain, rows))
+    assert len(packed_layers(packed)) > 40 and not packed_layers(plain)
+    before = draw(packed, 2)
+    with torch.no_grad():
+        for unet in (plain, packed):
+            unet.conv_in.weight.mul_(1.5)  # in place, as an average or load_state_dict does it
+            inner = unet.mid_block.resnets[0].conv1.weight
+            inner.data = inner.data * 0.5  # as peft does
+    assert torch.equal(draw(packed, 2), draw(plain, 2)) and not torch.equal(draw(packed, 2), before)
+    assert torch.equal(draw(copy.deepcopy(packed), 2), draw(plain, 2))
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_lora_on_packed_layers_is_that_on_plain_ones():
+    plain = tiny_unet()
+    packed = copy.deepcopy(plain)
+    pack(packed)
+    base = draw(packed, 2)
+    for unet in (plain, packed):
+        torch.manual_seed(1)
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    assert torch.equal(draw(packed, 2), draw(plain, 2)) and not torch.equal(draw(packed, 2), base)
+
+
+def test_training_and_float32_go_their_own_way():
+    unet = tiny_unet()
+    pack(unet)
+    z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        assert unet(z, torch.tensor(3), encoder_hidden_states=text).sample.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        unet(z, torch.tensor(3), encoder_hidden_states=text).sample.float().square().mean().backward()
+    assert not packed_layers(unet)
+    assert all(parameter.grad is not None for parameter in unet.parameters())
