@@ -11,7 +11,7 @@ from PIL import Image
 import gigdiff
 from gigdiff import api, pretrained, upscaling, xmp
 from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
-from gigdiff.models.upscaler import ProductUpscaler
+from gigdiff.models.upscaler import ProductUpscaler, deepened
 from gigdiff.provenance import XMP_KEYWORD
 from gigdiff.upscaling import Upscaler, load_upscaler
 
@@ -171,3 +171,18 @@ def test_spandrel_models(tmp_path: Path):
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ModelMismatchError, match="no upscaler that spandrel knows"):
         load_upscaler(tmp_path / "w.safetensors")
+
+
+def test_deeper_is_the_same_function_until_it_is_trained():
+    torch.manual_seed(0)
+    net = ProductUpscaler(channels=8, blocks=1)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.rand(2, 3, 12, 8) * 2 - 1
+    deeper = deepened(net, 8, 3)
+    assert deeper.config["blocks"] == 3 and torch.equal(deeper(x), net(x))
+    torch.nn.init.normal_(deeper.body[2].conv2.weight)
+    assert not torch.equal(deeper(x), net(x))
+    for channels, blocks in ((16, 3), (8, 1)):
+        with pytest.raises(ModelMismatchError, match="must be the same"):
+            deepened(deeper, channels, blocks)

@@ -13,7 +13,7 @@ from pathlib import Path
 from gigdiff.errors import GigdiffError, InputError
 from gigdiff.fit.config import parse_config
 from gigdiff.models.saving import save_network
-from gigdiff.models.upscaler import interpolated, load_upscaler_network
+from gigdiff.models.upscaler import deepened, interpolated, load_upscaler_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,8 @@ are not to be trusted.
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(PackageConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
-    faithful, sharp = load_upscaler_network(config.fidelity), load_upscaler_network(config.sharp)
+    sharp = load_upscaler_network(config.sharp)
+    faithful = deepened(load_upscaler_network(config.fidelity), sharp.config["channels"], sharp.config["blocks"])
     interpolated(faithful, load_upscaler_network(config.sharp), 0.5)  # raises where they don't fit
     results: dict[str, dict] = {}
     if config.report is not None:

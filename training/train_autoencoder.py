@@ -40,7 +40,7 @@ from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_ui
 from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import FeatureDiscriminator, PatchDiscriminator, discriminator_loss, generator_loss
-from gigdiff.models.perceptual import perceptual_loss
+from gigdiff.models.perceptual import perceptual_loss, pooled_loss
 from gigdiff.models.saving import save_network
 from gigdiff.precision import training_precision
 
@@ -82,6 +82,7 @@ class AutoencoderConfig:
         l2_weight: weight of the mean squared error.
         edge_weight: weight of the absolute error of horizontal and vertical differences.
         perceptual_weight: weight of the distance of EfficientNet-Lite2's features; 0 is off.
+        pooled_weight: weight of the distance of its pooled features, one vector a photo; 0 is off.
         adversarial_weight: weight of the adversarial loss; 0 is off. Its gradient is capped at the others'.
         discriminator: "features": heads on EfficientNet-Lite2's features; "patch": a network of its own on pixels.
         discriminator_warmup_steps: steps that train the discriminator alone.
@@ -128,6 +129,7 @@ class AutoencoderConfig:
     l2_weight: float = 2.0
     edge_weight: float = 0.5
     perceptual_weight: float = 0.0
+    pooled_weight: float = 0.0
     adversarial_weight: float = 0.0
     discriminator: Literal["features", "patch"] = "features"
     discriminator_learning_rate: float = 2e-4
@@ -228,7 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         model.encoder.requires_grad_(False)
     # Channels last is what the CPU's and the tensor cores' convolutions want.
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    needs_features = config.perceptual_weight > 0 or (adversarial and config.discriminator == "features")
+    needs_features = max(config.perceptual_weight, config.pooled_weight) > 0 or (
+        adversarial and config.discriminator == "features"
+    )
     feature_net = load_efficientnet("lite2").to(accelerator.device) if needs_features else None
     ema = Ema(model, config.ema_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
     critic: torch.nn.Module = (
-        FeatureDiscriminator(feature_net, PERCEPTUAL_SIZES[0])
+        FeatureDiscriminator(feature_net)
         if feature_net is not None and config.discriminator == "features"
         else PatchDiscriminator()
     )
@@ -314,6 +318,10 @@ def main(argv: list[str] | None = None) -> None:
             alike = perceptual_loss(feature_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES)
             loss = loss + config.perceptual_weight * alike
             values["perceptual_loss"] = alike.item()
+        if feature_net is not None and config.pooled_weight > 0:
+            same = pooled_loss(feature_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES[0])
+            loss = loss + config.pooled_weight * same
+            values["pooled_loss"] = same.item()
         check_finite(loss.item(), step, rate)
         values["loss"] = loss.item()
         if adversarial:

@@ -28,7 +28,7 @@ from gigdiff.errors import GigdiffError
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
-from gigdiff.fit.muon import MuonAdamW
+from gigdiff.fit.muon import build_optimizer
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
@@ -269,21 +269,15 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = build_scheduler()
     table = log_sigmas(scheduler.alphas_cumprod).to(device)
     ema = Ema(unet, config.ema_decay)
-    betas, decay = (0.9, config.adam_beta2), config.adam_weight_decay
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "muon":
-        optimizer = MuonAdamW(
-            unet.named_parameters(),
-            config.learning_rate,
-            outer=("conv_in.", "conv_out."),
-            betas=betas,
-            weight_decay=decay,
-            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
-        )
-    else:
-        optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True
-        )
+    optimizer = build_optimizer(
+        config.optimizer,
+        unet,
+        config.learning_rate,
+        outer=("conv_in.", "conv_out."),
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        mixed_precision=config.mixed_precision,
+    )
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:

@@ -36,6 +36,7 @@ from gigdiff.fit.checkpoint import (
 )
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
+from gigdiff.fit.muon import build_optimizer
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
@@ -45,12 +46,10 @@ from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import FeatureDiscriminator, PatchDiscriminator, discriminator_loss, generator_loss
 from gigdiff.models.perceptual import perceptual_loss
 from gigdiff.models.saving import save_network
-from gigdiff.models.upscaler import ProductUpscaler, load_upscaler_network
+from gigdiff.models.upscaler import ProductUpscaler, deepened, load_upscaler_network
 from gigdiff.precision import training_precision
 
 SCALE = 4
-# Crops as they are, and at half their size, where what a small picture can tell is decided.
-PERCEPTUAL_SIZES = (1, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +68,13 @@ class UpscalerConfig:
         crop: side of the small crops a step sees, a multiple of 8.
         channels: width of the network.
         blocks: its residual blocks.
-        init_from: upscaler folder to start from.
+        init_from: upscaler folder to start from; with fewer blocks it is given more, see `deepened`.
         degraded_share: share of samples that are degraded large photos.
         decoded_share: share of samples that went through the autoencoder.
         latent_noise: greatest standard deviation of the noise on its latents.
         train_batch_size: crops a step and process.
         max_train_steps: optimizer steps in all.
+        optimizer: "adamw", or "muon" for the hidden convolutions with AdamW for the rest, at the same learning rate.
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
         lr_decay_fraction: last part of the run that decays by a cosine.
@@ -83,6 +83,7 @@ class UpscalerConfig:
         ema_decay: decay of the averaged weights, which are what is validated and saved.
         l1_weight: weight of the mean absolute error.
         perceptual_weight: weight of the distance of EfficientNet-Lite2's features; 0 is off.
+        perceptual_sizes: factors by which pictures are resized for it; one that is named twice counts twice.
         adversarial_weight: weight of the adversarial loss, whose gradient is capped at the others' size; 0 is off.
         discriminator: "features": heads on EfficientNet-Lite2's features; "patch": a network of its own on pixels.
         discriminator_width: channels of the heads, or of the patch discriminator's first layer.
@@ -117,6 +118,7 @@ class UpscalerConfig:
     latent_noise: float = 0.25
     train_batch_size: int = 16
     max_train_steps: int = 3000
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-4
     lr_warmup_steps: int = 100
     lr_decay_fraction: float = 0.5
@@ -125,6 +127,7 @@ class UpscalerConfig:
     ema_decay: float = 0.998
     l1_weight: float = 1.0
     perceptual_weight: float = 0.0
+    perceptual_sizes: tuple[float, ...] = (1.0, 0.5)
     adversarial_weight: float = 0.0
     discriminator: Literal["features", "patch"] = "features"
     discriminator_width: int = 64
@@ -307,13 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
     model = ProductUpscaler(channels=config.channels, blocks=config.blocks, scale=SCALE)
     if config.init_from is not None:
-        known = load_upscaler_network(config.init_from)
-        if any(known.config[name] != model.config[name] for name in ("channels", "blocks", "scale")):
-            raise ModelMismatchError(
-                f"{config.init_from} has {known.config['channels']} channels and {known.config['blocks']} blocks, this "
-                f"run {config.channels} and {config.blocks}: they must be the same"
-            )
-        model.load_state_dict(known.state_dict())
+        model = deepened(load_upscaler_network(config.init_from), config.channels, config.blocks)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = None
     if config.decoded_share > 0:
@@ -322,8 +319,14 @@ def main(argv: list[str] | None = None) -> None:
     needs_features = config.perceptual_weight > 0 or (adversarial and config.discriminator == "features")
     feature_net = load_efficientnet("lite2").to(device) if needs_features else None
     ema = Ema(model, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
+    optimizer = build_optimizer(
+        config.optimizer,
+        model,
+        config.learning_rate,
+        outer=("conv_in.", "conv_out."),
+        betas=(0.9, config.adam_beta2),
+        weight_decay=0.0,
+        mixed_precision=config.mixed_precision,
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
     critic: torch.nn.Module = (
@@ -412,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         loss = config.l1_weight * (made - targets).abs().mean()
         values: dict[str, float] = {"l1_loss": loss.item(), "learning_rate": rate}
         if feature_net is not None and config.perceptual_weight > 0:
-            alike = perceptual_loss(feature_net, targets, made, PERCEPTUAL_SIZES)
+            alike = perceptual_loss(feature_net, targets, made, config.perceptual_sizes)
             loss = loss + config.perceptual_weight * alike
             values["perceptual_loss"] = alike.item()
         check_finite(loss.item(), step, rate)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["MuonAdamW", "orthogonalised"]
+__all__ = ["MuonAdamW", "build_optimizer", "orthogonalised"]
 
 # Quintic whose slope at 0 is largest; singular values end between about 0.7 and 1.2 (Jordan et al. 2024).
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -118,3 +118,20 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=1e-8,
             maximize=False,
         )
+
+
+def build_optimizer(
+    name: str,
+    model: torch.nn.Module,
+    lr: float,
+    *,
+    outer: tuple[str, ...],
+    betas: tuple[float, float],
+    weight_decay: float,
+    mixed_precision: str,
+) -> torch.optim.Optimizer:
+    """A trainer's `--optimizer`: "adamw" (fused), or "muon", see MuonAdamW for `outer`."""
+    if name == "muon":
+        dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+        return MuonAdamW(model.named_parameters(), lr, outer=outer, betas=betas, weight_decay=weight_decay, dtype=dtype)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)

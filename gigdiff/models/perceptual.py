@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gigdiff.metrics.efficientnet import EfficientNetLite, unit_maps
 
-__all__ = ["perceptual_loss", "resized", "stage_maps"]
+__all__ = ["perceptual_loss", "pooled_loss", "resized", "stage_maps"]
 
 
 def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tuple[float, ...]) -> Tensor:
@@ -33,6 +33,21 @@ def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tu
     return torch.stack(terms).mean()
 
 
+def pooled_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, size: float) -> Tensor:
+    """Relative squared error of the pooled features, |a - b|^2 / |a|^2, mean over the batch.
+
+    `perceptual_loss` asks that every place looks alike; this asks that the whole is taken for the same thing. It is the
+    kind of vector that Fréchet distances and probes are measured on, of another network.
+
+    Args:
+        net, real, fake: as `perceptual_loss`. size: factor that the pictures are enlarged by first.
+    """
+    with torch.no_grad():
+        constants = net(_normalised(resized(real, size)))
+    moved = net(_normalised(resized(fake, size)))
+    return ((moved - constants).square().sum(1) / constants.square().sum(1).clamp(min=1e-6)).mean()
+
+
 def resized(images: Tensor, factor: float) -> Tensor:
     """Images (N, 3, H, W) `factor` times as high and wide."""
     if factor == 1:
@@ -42,5 +57,9 @@ def resized(images: Tensor, factor: float) -> Tensor:
 
 def stage_maps(net: EfficientNetLite, images: Tensor) -> list[Tensor]:
     """The stages' maps of images (N, 3, H, W) in [-1, 1], at 1/2 to 1/16 of their size, of unit length a position."""
-    # (v - 127) / 128 of a pixel v in [0, 255] is the networks' own normalisation.
-    return unit_maps(net, (images * 127.5 + 0.5) / 128.0)
+    return unit_maps(net, _normalised(images))
+
+
+def _normalised(images: Tensor) -> Tensor:
+    """From [-1, 1] to the networks' own (v - 127) / 128 of a pixel v in [0, 255]."""
+    return (images * 127.5 + 0.5) / 128.0

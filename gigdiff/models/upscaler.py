@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gigdiff.errors import ModelMismatchError, ModelNotFoundError
 from gigdiff.models.autoencoder import ResidualBlock
 
-__all__ = ["ProductUpscaler", "interpolated", "load_upscaler_network"]
+__all__ = ["ProductUpscaler", "deepened", "interpolated", "load_upscaler_network"]
 
 
 class ProductUpscaler(ModelMixin, ConfigMixin):
@@ -76,6 +76,23 @@ def load_upscaler_network(folder: str | Path) -> ProductUpscaler:
         return ProductUpscaler.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelMismatchError(f"{folder} does not load as a ProductUpscaler: {str(error)[:300]}") from error
+
+
+def deepened(network: ProductUpscaler, channels: int, blocks: int) -> ProductUpscaler:
+    """The same function with `blocks` residual blocks: those that are added give zero until they are trained.
+
+    Raises:
+        ModelMismatchError: it has more blocks already, or other than `channels` channels.
+    """
+    known = network.config
+    if known["channels"] != channels or known["blocks"] > blocks:
+        raise ModelMismatchError(
+            f"the upscaler to start from has {known['channels']} channels and {known['blocks']} blocks, {channels} and "
+            f"{blocks} are asked for: the channels must be the same, and the blocks no fewer"
+        )
+    deeper = ProductUpscaler(channels=channels, blocks=blocks, scale=known["scale"])
+    deeper.load_state_dict(network.state_dict(), strict=False)
+    return deeper
 
 
 @torch.no_grad()

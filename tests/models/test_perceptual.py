@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gigdiff.metrics.efficientnet import VARIANTS, load_efficientnet
 from gigdiff.models.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
-from gigdiff.models.perceptual import perceptual_loss
+from gigdiff.models.perceptual import perceptual_loss, pooled_loss
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(VARIANTS["lite2"].package) is None, reason="pip install 'gigdiff[train]'"
@@ -46,6 +46,19 @@ def test_equal_is_zero_nearer_is_less_and_only_the_fake_moves():
     perceptual_loss(net, real, fake, (1, 2)).backward()
     assert real.grad is None and fake.grad is not None and fake.grad.abs().max() > 0
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_pooled_loss_is_the_relative_error_of_the_whole_features():
+    net, real, fake = load_efficientnet("lite2"), pictures(0), pictures(1).requires_grad_()
+    a, b = (
+        net.features(((F.interpolate(x, scale_factor=2, mode="bilinear") + 1) * 127.5 - 127) / 128)[0]
+        for x in (real, fake)
+    )
+    expected = (((a - b) ** 2).sum(1) / (a**2).sum(1)).mean()
+    loss = pooled_loss(net, real, fake, 2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3) and pooled_loss(net, real, real, 2).item() == 0
+    loss.backward()
+    assert fake.grad is not None and fake.grad.abs().max() > 0
 
 
 def test_a_size_is_the_distance_of_the_enlarged_pictures():

@@ -113,6 +113,7 @@ def test_sharpening_goes_on_from_it_resumes_exactly_and_mixes(
 ):
     more = (
         *flags, "--init_from", str(first / "upscaler"), "--adversarial_weight", "0.1", "--perceptual_weight", "0.5",
+        "--blocks", "2", "--optimizer", "muon",
         "--discriminator_width", "4", "--discriminator_warmup_steps", "1", "--checkpointing_steps", "2",
         "--max_train_steps", "4", "--validation_steps", "4",
     )  # fmt: skip
@@ -153,7 +154,7 @@ def test_mistakes(
         (("--degraded_share", "0.95"), InputError, "1 at most together"),
         (("--perceptual_weight", "-1"), InputError, "0 or more"),
         (("--adversarial_weight", "1"), InputError, "--init_from"),
-        (("--init_from", str(first / "upscaler"), "--blocks", "2"), ModelMismatchError, "must be the same"),
+        (("--init_from", str(first / "upscaler"), "--channels", "4"), ModelMismatchError, "must be the same"),
         (("--croq", "16"), InputError, "crop"),
     ]
     for extra, kind, words in cases:
