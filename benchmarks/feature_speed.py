@@ -1,9 +1,9 @@
 """How fast are features extracted, against torchmetrics' default path? Goal: 1.5x, features within 1e-2 relative.
 
     pip install --no-deps --target /tmp/torch-fidelity torch-fidelity
-    PYTHONPATH=/tmp/torch-fidelity python benchmarks/feature_speed.py --weights weights-inception-2015-12-05-6726825d.pth
+    PYTHONPATH=/tmp/torch-fidelity python benchmarks/feature_speed.py --weights FILE
 
-(torch-fidelity's __init__ needs torchvision, its Inception doesn't.)
+(torch-fidelity's __init__ needs torchvision, its Inception doesn't. FILE is its weights-inception-2015-12-05-6726825d.)
 torchmetrics' FrechetInceptionDistance puts uint8 images through torch-fidelity's InceptionV3 in float32, batch norms
 apart, memory in the default format. Ours is the same network with batch norms folded, channels_last, and bfloat16 by
 --dtype. Where torch-fidelity is not found, its path is done by the same layers unfolded. Both take turns; the last
