@@ -179,10 +179,10 @@ def test_deeper_is_the_same_function_until_it_is_trained():
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x = torch.rand(2, 3, 12, 8) * 2 - 1
-    deeper = deepened(net, 8, 3)
+    deeper = deepened(net, 8, 3, 4)
     assert deeper.config["blocks"] == 3 and torch.equal(deeper(x), net(x))
     torch.nn.init.normal_(deeper.body[2].conv2.weight)
     assert not torch.equal(deeper(x), net(x))
-    for channels, blocks in ((16, 3), (8, 1)):
+    for shape in ((16, 3, 4), (8, 1, 4), (8, 3, 2)):
         with pytest.raises(ModelMismatchError, match="must be the same"):
-            deepened(deeper, channels, blocks)
+            deepened(deeper, *shape)

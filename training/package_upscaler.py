@@ -80,7 +80,8 @@ are not to be trusted.
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(PackageConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     sharp = load_upscaler_network(config.sharp)
-    faithful = deepened(load_upscaler_network(config.fidelity), sharp.config["channels"], sharp.config["blocks"])
+    shape = (sharp.config[name] for name in ("channels", "blocks", "scale"))
+    faithful = deepened(load_upscaler_network(config.fidelity), *shape)
     interpolated(faithful, load_upscaler_network(config.sharp), 0.5)  # raises where they don't fit
     results: dict[str, dict] = {}
     if config.report is not None:

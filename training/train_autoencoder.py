@@ -39,7 +39,7 @@ from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
 from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
-from gigdiff.models.discriminator import FeatureDiscriminator, PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.models.discriminator import build_discriminator, discriminator_loss, generator_loss
 from gigdiff.models.perceptual import perceptual_loss, pooled_loss
 from gigdiff.models.saving import save_network
 from gigdiff.precision import training_precision
@@ -244,11 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         fused=True,
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
-    critic: torch.nn.Module = (
-        FeatureDiscriminator(feature_net)
-        if feature_net is not None and config.discriminator == "features"
-        else PatchDiscriminator()
-    )
+    critic = build_discriminator(config.discriminator, feature_net)
     critic = critic.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     critic_optimizer = torch.optim.Adam(
         critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.99), fused=True

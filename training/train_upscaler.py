@@ -43,7 +43,7 @@ from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.images import contact_sheet, fit_image, fitted_box, save_image, to_model, to_uint8
 from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
-from gigdiff.models.discriminator import FeatureDiscriminator, PatchDiscriminator, discriminator_loss, generator_loss
+from gigdiff.models.discriminator import build_discriminator, discriminator_loss, generator_loss
 from gigdiff.models.perceptual import perceptual_loss
 from gigdiff.models.saving import save_network
 from gigdiff.models.upscaler import ProductUpscaler, deepened, load_upscaler_network
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(rng.derive_seed(config.seed, "initialisation"))
     model = ProductUpscaler(channels=config.channels, blocks=config.blocks, scale=SCALE)
     if config.init_from is not None:
-        model = deepened(load_upscaler_network(config.init_from), config.channels, config.blocks)
+        model = deepened(load_upscaler_network(config.init_from), config.channels, config.blocks, SCALE)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = None
     if config.decoded_share > 0:
@@ -329,11 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=config.mixed_precision,
     )
     torch.manual_seed(rng.derive_seed(config.seed, "discriminator initialisation"))
-    critic: torch.nn.Module = (
-        FeatureDiscriminator(feature_net, width=config.discriminator_width)
-        if feature_net is not None and config.discriminator == "features"
-        else PatchDiscriminator(config.discriminator_width)
-    )
+    critic = build_discriminator(config.discriminator, feature_net, config.discriminator_width)
     critic = critic.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     critic_optimizer = torch.optim.Adam(
         critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.99), fused=True

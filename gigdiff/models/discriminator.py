@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from gigdiff.metrics.efficientnet import PERCEPTUAL_STAGES, EfficientNetLite
 from gigdiff.models.perceptual import resized, stage_maps
 
-__all__ = ["FeatureDiscriminator", "PatchDiscriminator", "discriminator_loss", "generator_loss"]
+__all__ = [
+    "FeatureDiscriminator",
+    "PatchDiscriminator",
+    "build_discriminator",
+    "discriminator_loss",
+    "generator_loss",
+]
 
 
 class PatchDiscriminator(nn.Module):
@@ -72,6 +78,13 @@ class FeatureDiscriminator(nn.Module):
         logits = [head(h * h.shape[1] ** 0.5) for head, h in zip(self.heads, maps, strict=True)]
         patches = logits[-1].shape[-2:]
         return torch.stack([F.adaptive_avg_pool2d(one, patches) for one in logits]).mean(0)
+
+
+def build_discriminator(kind: str, net: EfficientNetLite | None, width: int = 64) -> nn.Module:
+    """A trainer's `--discriminator`: "features", on `net` (None: not loaded, as nothing is adversarial), or "patch"."""
+    if kind == "features" and net is not None:
+        return FeatureDiscriminator(net, width=width)
+    return PatchDiscriminator(width)
 
 
 def discriminator_loss(

@@ -78,19 +78,20 @@ def load_upscaler_network(folder: str | Path) -> ProductUpscaler:
         raise ModelMismatchError(f"{folder} does not load as a ProductUpscaler: {str(error)[:300]}") from error
 
 
-def deepened(network: ProductUpscaler, channels: int, blocks: int) -> ProductUpscaler:
+def deepened(network: ProductUpscaler, channels: int, blocks: int, scale: int) -> ProductUpscaler:
     """The same function with `blocks` residual blocks: those that are added give zero until they are trained.
 
     Raises:
-        ModelMismatchError: it has more blocks already, or other than `channels` channels.
+        ModelMismatchError: it has more blocks already, or other channels or another scale than these.
     """
     known = network.config
-    if known["channels"] != channels or known["blocks"] > blocks:
+    if known["channels"] != channels or known["scale"] != scale or known["blocks"] > blocks:
         raise ModelMismatchError(
-            f"the upscaler to start from has {known['channels']} channels and {known['blocks']} blocks, {channels} and "
-            f"{blocks} are asked for: the channels must be the same, and the blocks no fewer"
+            f"the upscaler to start from has {known['channels']} channels, {known['blocks']} blocks and scale "
+            f"{known['scale']}; {channels}, {blocks} and {scale} are asked for: channels and scale must be the same, "
+            "and the blocks no fewer"
         )
-    deeper = ProductUpscaler(channels=channels, blocks=blocks, scale=known["scale"])
+    deeper = ProductUpscaler(channels=channels, blocks=blocks, scale=scale)
     deeper.load_state_dict(network.state_dict(), strict=False)
     return deeper
 
