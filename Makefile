@@ -19,8 +19,9 @@ PINS := pyproject.toml constraints.txt
 demo: $(USER_STAMP)
 	@$(BIN)/gigdiff generate "$$PROMPT" --output out --overwrite
 
+# Two processes of one thread each: most tests are too small to keep two threads busy.
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow

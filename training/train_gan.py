@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
+from gigdiff.attention import set_attention
 from gigdiff.data.encoded import EncodedProducts
+from gigdiff.diffusion import log_sigmas
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.augmentation import DRAWS, AdaptiveStrength, augment
 from gigdiff.fit.checkpoint import (
@@ -40,14 +43,17 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
+from gigdiff.generators.diffusion import DiffusionGenerator
+from gigdiff.generators.loading import load
 from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
 from gigdiff.generators.request import check_size
-from gigdiff.generators.shared_vae import latent_space_of
-from gigdiff.models.autoencoder import load_autoencoder
+from gigdiff.generators.shared_vae import latent_space_of, same_encoder
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.conditioning import blur_condition
+from gigdiff.models.diffusion_features import DiffusionFeatures
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
-from gigdiff.precision import training_precision
+from gigdiff.precision import autocast_dtype, training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 GENERATORS: dict[str, Any] = {"style": StyleGenerator, "conv": ConvGenerator}
@@ -76,6 +82,10 @@ class GanConfig:
         generator: "style" (mapping network, modulated convolutions, noise a layer) or "conv" (plain).
         generator_widths: channels of the generator's levels, coarsest first.
         generator_blocks: residual blocks of each.
+        discriminator: "scratch" judges latents or pixels, "diffusion" what a trained diffusion UNet sees in latents.
+        discriminator_model: that UNet's model folder or embedded name; it must draw the same latents.
+        discriminator_log_sigma_mean: mean of the normal law of the log noise levels that it looks at latents through.
+        discriminator_log_sigma_std: its standard deviation.
         discriminator_widths: channels of the discriminator's levels, coarsest first.
         discriminator_blocks: residual blocks of each.
         noise_dim: numbers of the generator's noise vector.
@@ -142,6 +152,10 @@ class GanConfig:
     generator: Literal["style", "conv"] = "style"
     generator_widths: tuple[int, ...] = (320, 192)
     generator_blocks: tuple[int, ...] = (2, 2)
+    discriminator: Literal["scratch", "diffusion"] = "scratch"
+    discriminator_model: str = "mini"
+    discriminator_log_sigma_mean: float = -1.0
+    discriminator_log_sigma_std: float = 1.2
     discriminator_widths: tuple[int, ...] = (256, 192)
     discriminator_blocks: tuple[int, ...] = (2, 1)
     noise_dim: int = 128
@@ -210,6 +224,8 @@ class GanConfig:
             raise InputError(
                 "--augment_flip true needs --space pixel: mirrored latents are not the latents of a mirrored photo"
             )
+        if self.discriminator == "diffusion" and self.space == "pixel":
+            raise InputError("--discriminator diffusion needs --space latent: its UNet sees latents, not pixels")
         if not 0 <= self.mismatch_weight < 1:
             raise InputError(f"--mismatch_weight is {self.mismatch_weight:g}; at least 0 and below 1 is allowed")
         if self.penalty_interval < 1 or self.train_batch_size < 2:
@@ -223,7 +239,8 @@ class GanConfig:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """images (N, C, H, W), condition (N, 1 + L, D), same bool (N, N): equal texts, noise (N, noise_size),
-    draws uniform (N, 4 * DRAWS + 1), penalty_noise (2 N, C, H, W) or empty."""
+    draws uniform (N, 2 * DRAWS + 1), penalty_noise (2 N, *what the discriminator sees) or empty, view_noise like images
+    and log_sigma (N,): the noise that a diffusion discriminator looks through, or empty."""
 
     images: torch.Tensor
     condition: torch.Tensor
@@ -231,6 +248,8 @@ class Batch:
     noise: torch.Tensor
     draws: torch.Tensor
     penalty_noise: torch.Tensor
+    view_noise: torch.Tensor
+    log_sigma: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -241,10 +260,27 @@ def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Te
     return data.latents(indices) if space == "latent" else data.pixels(indices)
 
 
+def view(config: GanConfig, shape: Sequence[int], indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise, log sigma) that a diffusion discriminator looks at the images of `indices` through; else empty."""
+    if config.discriminator != "diffusion":
+        return torch.empty(0), torch.empty(0)
+    law = rng.normal((1,), config.seed, "view level", indices)[:, 0]
+    level = config.discriminator_log_sigma_mean + config.discriminator_log_sigma_std * law
+    return rng.normal(shape, config.seed, "view noise", indices), level
+
+
 def make_batch(
-    data: EncodedProducts, positions: range, config: GanConfig, length: int, noise_size: int, penalised: bool
+    data: EncodedProducts,
+    positions: range,
+    config: GanConfig,
+    length: int,
+    noise_size: int,
+    penalty_shape: Sequence[int] | None,
 ) -> Batch:
-    """The samples at `positions` of the endless stream; each depends on (seed, position) alone."""
+    """The samples at `positions` of the endless stream; each depends on (seed, position) alone.
+
+    penalty_shape: of what the discriminator sees of an image, where the step takes a penalty by finite differences.
+    """
     indices = samples_at(positions, len(data), config.seed)
     images = images_of(data, indices, config.space)
     condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
@@ -253,23 +289,25 @@ def make_batch(
         blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
         condition = blur_condition(condition, blur, config.text_noise)
     penalty_noise = torch.empty(0)
-    if penalised:
-        both = [rng.normal(images.shape[1:], config.seed, f"penalty noise {i}", positions) for i in range(2)]
+    if penalty_shape is not None:
+        both = [rng.normal(penalty_shape, config.seed, f"penalty noise {i}", positions) for i in range(2)]
         penalty_noise = torch.cat(both)
     return Batch(
         images,
         condition,
         same,
         rng.normal((noise_size,), config.seed, "gan noise", positions),
-        rng.uniform(4 * DRAWS + 1, config.seed, "augmentation", positions),
+        rng.uniform(2 * DRAWS + 1, config.seed, "augmentation", positions),
         penalty_noise,
+        *view(config, images.shape[1:], positions),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """What variety and overfitting are measured on: held-out photos and their first wordings (reals, condition), as
-    many train photos and theirs, fixed noise, and eight seeds each for the first 32 prompts."""
+    many train photos and theirs, fixed noise, and eight seeds each for the first 32 prompts; view_noise and log_sigma
+    as a batch's."""
 
     reals: torch.Tensor
     condition: torch.Tensor
@@ -277,6 +315,8 @@ class HeldOut:
     train_condition: torch.Tensor
     noise: torch.Tensor
     repeated_noise: torch.Tensor
+    view_noise: torch.Tensor
+    log_sigma: torch.Tensor
 
 
 def held_out_set(
@@ -285,13 +325,15 @@ def held_out_set(
     count = min(len(held_out), len(train))
     chosen = rng.permutation(len(train), config.seed, "measured train photos")[:count].tolist()
     indices = list(range(count))
+    reals = images_of(held_out, indices, config.space)
     return HeldOut(
-        images_of(held_out, indices, config.space),
+        reals,
         held_out.conditions([(i, 0) for i in indices], length),
         images_of(train, chosen, config.space),
         train.conditions([(i, 0) for i in chosen], length),
         rng.normal((noise_size,), config.seed, "held-out noise", indices),
         rng.normal((noise_size,), config.seed, "repeated noise", range(8 * min(32, count))),
+        *view(config, reals.shape[1:], indices),
     )
 
 
@@ -303,7 +345,9 @@ def drawn(generator: torch.nn.Module, noise: torch.Tensor, condition: torch.Tens
 
 
 @torch.no_grad()
-def measure(generator: torch.nn.Module, critic: torch.nn.Module, data: HeldOut) -> tuple[Variety, float]:
+def measure(
+    generator: torch.nn.Module, critic: torch.nn.Module, features: DiffusionFeatures | None, data: HeldOut
+) -> tuple[Variety, float]:
     """Variety of what the generator draws, and the discriminator's r_v, in the caller's precision."""
     device = next(critic.parameters()).device
     fakes = drawn(generator, data.noise, data.condition)
@@ -311,13 +355,40 @@ def measure(generator: torch.nn.Module, critic: torch.nn.Module, data: HeldOut) 
     repeated = drawn(generator, data.repeated_noise, data.condition[:prompts].repeat_interleave(8, 0))
 
     def scores(images: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        parts = zip(images.split(64), condition.split(64), strict=True)
-        return torch.cat([critic(x.to(device), c.to(device)).scores[0].cpu() for x, c in parts])
+        found = []
+        for i in range(0, len(images), 64):
+            x, c = images[i : i + 64].to(device), condition[i : i + 64].to(device)
+            if features is not None:
+                x = features(x, data.view_noise[i : i + 64].to(device), data.log_sigma[i : i + 64].to(device))
+            found.append(critic(x, c).scores[0].cpu())
+        return torch.cat(found)
 
     ratio = overfitting_ratio(
         scores(data.train, data.train_condition), scores(data.reals, data.condition), scores(fakes, data.condition)
     )
     return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), data.reals), ratio
+
+
+def build_features(
+    config: GanConfig, vae: ProductAutoencoder | None, encoder: TextEncoder, device: torch.device
+) -> DiffusionFeatures:
+    """The frozen UNet of `discriminator_model`, in the layout and attention that training wants.
+
+    Raises:
+        ModelMismatchError: no diffusion model of gigdiff's, or one on other latents or another text encoder.
+    """
+    drawing = load(config.discriminator_model, device="cpu")
+    what = f"--discriminator_model {config.discriminator_model}"
+    if not isinstance(drawing, DiffusionGenerator) or vae is None:
+        raise ModelMismatchError(f'{what} is no model of training/train_diffusion.py: give such a folder, or "mini"')
+    if not same_encoder(drawing.vae, vae):
+        raise ModelMismatchError(f"{what} draws other latents than --vae_name_or_path {config.vae_name_or_path} gives")
+    if drawing.text_encoder.fingerprint != encoder.fingerprint:
+        raise ModelMismatchError(f"{what} reads another text encoder than --text_encoder {config.text_encoder}")
+    unet = drawing.unet.to(device, memory_format=torch.channels_last)
+    set_attention(unet, "auto", training=True, dtype=autocast_dtype(config.mixed_precision))
+    empty = encoder.encode([""]).condition().to(device)
+    return DiffusionFeatures(unet, empty, log_sigmas(drawing.scheduler.alphas_cumprod).to(device))
 
 
 def gigaflops(model: torch.nn.Module, *inputs: torch.Tensor) -> float:
@@ -368,14 +439,18 @@ def main(argv: list[str] | None = None) -> None:
         noise_dim=config.noise_dim,
         style_dim=config.style_dim,
     )
+    features = None if config.discriminator == "scratch" else build_features(config, vae, encoder, device)
+    seen = shape if features is None else shape | {"channels": features.channels}
     critic = TextDiscriminator(
-        **shape, widths=config.discriminator_widths, blocks=config.discriminator_blocks, text_dim=encoder.dim
+        **seen, widths=config.discriminator_widths, blocks=config.discriminator_blocks, text_dim=encoder.dim
     )
     noise_size: int = generator.noise_size
     measured = held_out_set(held_out, train, config, length, noise_size)
     flops = {
         "generator": gigaflops(generator, measured.noise[:1], measured.condition[:1]),
-        "discriminator": gigaflops(critic, measured.reals[:1], measured.condition[:1]),
+        "discriminator": gigaflops(
+            critic, torch.zeros(1, seen["channels"], *measured.reals.shape[2:]), measured.condition[:1]
+        ),
     }
     # Channels last is what the CPU's and the tensor cores' convolutions want.
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
@@ -454,9 +529,14 @@ def main(argv: list[str] | None = None) -> None:
     def penalised(step: int) -> bool:
         return penalty_kind != "none" and step % config.penalty_interval == 0
 
-    def load(step: int) -> Batch:
+    def load_batch(step: int) -> Batch:
         positions = positions_of_step(step, config.train_batch_size, process, processes)
-        return make_batch(train, positions, config, length, noise_size, finite and penalised(step))
+        penalty_shape = (seen["channels"], *measured.reals.shape[2:]) if finite and penalised(step) else None
+        return make_batch(train, positions, config, length, noise_size, penalty_shape)
+
+    def looked_at(images: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What the discriminator sees of `images`."""
+        return images if features is None else features(images, batch.view_noise, batch.log_sigma)
 
     def augmented(images: torch.Tensor, batch: Batch, use: int) -> torch.Tensor:
         probability = {
@@ -487,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
         return gan_losses.finite_difference_penalty(scores[: len(noisy_scores)], noisy_scores, config.penalty_noise)
 
     started, images_done = time.monotonic(), 0
-    for step, batch in prefetched(range(first_step, config.max_train_steps), load):
+    for step, batch in prefetched(range(first_step, config.max_train_steps), load_batch):
         batch = batch.to(device)
         rates = [
             learning_rate(
@@ -509,7 +589,10 @@ def main(argv: list[str] | None = None) -> None:
         fake, again = wrapped(noise, torch.cat([batch.condition, batch.condition[:twice]])).split([count, twice])
 
         # The discriminator: real photos, drawn ones, and real photos with another product's text.
-        on_real, on_fake = augmented(batch.images, batch, 0), augmented(fake.detach(), batch, 1)
+        with accelerator.autocast():
+            on_real = looked_at(augmented(batch.images, batch, 0), batch)
+            drawn_view = looked_at(augmented(fake, batch, 1), batch)
+        on_fake = drawn_view.detach()
         judged: Judgement = wrapped_critic(torch.cat([on_real, on_fake]), batch.condition)
         real_scores, fake_scores = judged.scores
         sign = gan_losses.overfitting_sign(config.loss, real_scores, fake_scores)
@@ -531,10 +614,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # The generator, by the discriminator it now meets; that one's weights need no gradients here.
         critic.requires_grad_(False)
-        judged = wrapped_critic(augmented(fake, batch, 2), batch.condition)
+        judged = wrapped_critic(drawn_view, batch.condition)
         with torch.no_grad():  # only the relativistic loss looks at the photos
-            relative = config.loss == "relativistic"
-            on_photos = wrapped_critic(augmented(batch.images, batch, 3), batch.condition) if relative else judged
+            on_photos = wrapped_critic(on_real, batch.condition) if config.loss == "relativistic" else judged
             real_scores = on_photos.scores[0].detach()
         loss = gan_losses.GENERATOR_LOSSES[config.loss](real_scores, judged.scores[0]).mean()
         contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
@@ -568,7 +650,7 @@ def main(argv: list[str] | None = None) -> None:
         last = done == config.max_train_steps
         if main_process and (done % config.validation_steps == 0 or last):
             with ema.applied_to(generator), accelerator.autocast():
-                variety, values["r_v"] = measure(generator, critic, measured)
+                variety, values["r_v"] = measure(generator, critic, features, measured)
             before = watch.collapsed
             best = watch.see(done, variety)
             values |= dataclasses.asdict(variety) | {"collapsed": float(watch.collapsed)}

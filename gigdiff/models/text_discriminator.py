@@ -30,7 +30,10 @@ class Judgement(NamedTuple):
 
 
 class TextDiscriminator(nn.Module):
-    """A projection discriminator (Miyato and Koyama 2018, arXiv 1802.05637): D(x, t) = u(f(x)) + <m(f(x)), s(t)>.
+    """A projection discriminator (Miyato and Koyama 2018, arXiv 1802.05637): D(x, t) = r(x) + <m(f(x)), s(t)>.
+
+    r(x) judges the whole, u(f(x)), and every position of every level, the mean of u_l(x_p): a vector for the whole
+    image has no room to say which of its patches does not fit its neighbours.
 
     Text enters after all convolutions, so an image's scores with other texts cost a product of vectors: mismatched
     captions as extra fakes (Reed et al. 2016, arXiv 1605.05396) need no further pass. No norms and nothing else that
@@ -63,28 +66,34 @@ class TextDiscriminator(nn.Module):
         self.downs = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for (fine, _), (coarse, _) in pairs)
         self.embed = nn.Linear(widths[0] * rows * columns, embed_dim)
         self.realism = nn.Linear(embed_dim, 1)
+        self.patches = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Conv2d(c, 64, 1), nn.SiLU(), nn.Conv2d(64, 1, 1)) for c, _ in fine_to_coarse
+        )
         self.match = nn.Linear(embed_dim, embed_dim)
         self.contrast = nn.Linear(embed_dim, embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(2.0))
         self.text = TextSummary(text_dim, embed_dim)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(N, channels, height, width) -> (N, embed_dim)."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, channels, height, width) -> of the whole (N, embed_dim), and what the patches score (N,)."""
+        scores = []
         x = F.pixel_unshuffle(images, self.fold).contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)
         for i, level in enumerate(self.levels):
             if i > 0:
                 x = self.downs[i - 1](F.pixel_unshuffle(x, 2))
             x = level(x)
-        return F.silu(self.embed(F.silu(x).flatten(1)))
+            scores.append(self.patches[i](x).float().mean((1, 2, 3)))
+        return F.silu(self.embed(F.silu(x).flatten(1))), torch.stack(scores).sum(0)
 
     def forward(self, images: Tensor, condition: Tensor) -> Judgement:
         """images (k N, ...), group after group; condition (N, 1 + L, text_dim)."""
         n = len(condition)
-        found, text = self.features(images).float(), self.text(condition).float()
+        found, patches = self.features(images)
+        found, text = found.float(), self.text(condition).float()
         # In float32: a score rounded to bfloat16 has steps of 0.02, as large as the differences that penalties take.
         with torch.autocast(images.device.type, enabled=False):
-            realism = self.realism(found).view(-1, n)
+            realism = self.realism(found).view(-1, n) + patches.view(-1, n)
             match = self.match(found).view(-1, *text.shape) * text.shape[-1] ** -0.5
             scores = realism + (match * text).sum(-1)
             mismatched = realism[0] + (match[0] * text.roll(1, 0)).sum(-1)

@@ -241,3 +241,73 @@ def test_calibrated_likelihood_is_the_gaussians_at_its_best_standard_deviation()
     torch.testing.assert_close(calibrated_nll(x, mean) + constant, expected, rtol=1e-4, atol=1e-3)
     for worse in (0.9, 1.1):
         assert -torch.distributions.Normal(mean, worse * std).log_prob(x).flatten(1).sum(1).mean() > expected
+
+
+class TestDiffusionFeatures:
+    """What a frozen UNet sees, against hooks in diffusers' own forward pass."""
+
+    @staticmethod
+    def build():
+        from diffusers import DDIMScheduler, UNet2DConditionModel
+
+        from gigdiff.diffusion import log_sigmas
+        from gigdiff.models.diffusion_features import DiffusionFeatures
+
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+            cross_attention_dim=12, attention_head_dim=4, norm_num_groups=8, addition_embed_type="text",
+            addition_embed_type_num_heads=4,
+        )  # fmt: skip
+        table = log_sigmas(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+        return DiffusionFeatures(unet, torch.randn(1, 5, 12), table, mixed=24), unet, table
+
+    def test_they_are_those_of_the_whole_network_mixed(self) -> None:
+        features, unet, table = self.build()
+        latents, noise, t = torch.randn(3, 4, 10, 8), torch.randn(3, 4, 10, 8), torch.tensor([100, 500, 800])
+        level, seen = table[t], []
+        down = [block.attentions[0] for block in unet.down_blocks]
+        for place in (*down, unet.mid_block, unet.up_blocks[0]):
+            place.register_forward_hook(lambda *a: seen.append(a[2] if torch.is_tensor(a[2]) else a[2][0]))
+        with torch.no_grad():
+            found = features(latents, noise, level)
+            seen.clear()
+            sigma = level.exp().view(-1, 1, 1, 1)
+            z = (latents + sigma * noise) / (1 + sigma**2).sqrt()
+            unet(z, t, features.empty.expand(3, -1, -1))
+        assert found.shape == (3, 28, 10, 8) and len(seen) == 4 and features.channels == 28
+        torch.testing.assert_close(found[:, :4], latents)
+        expected = torch.zeros(3, 24, 10, 8)
+        first = 0
+        for one in seen:
+            one = one / one.square().mean(1, keepdim=True).sqrt()
+            one = one.repeat_interleave(10 // one.shape[2], 2).repeat_interleave(8 // one.shape[3], 3)
+            expected += torch.einsum("oc,nchw->nohw", features.mix[:, first : first + one.shape[1], 0, 0], one)
+            first += one.shape[1]
+        assert first == features.mix.shape[1]
+        torch.testing.assert_close(found[:, 4:], expected, rtol=1e-3, atol=1e-3)
+
+    def test_gradients_reach_the_latents_and_no_weight(self) -> None:
+        features, unet, _ = self.build()
+        latents = torch.randn(2, 4, 10, 8, requires_grad=True)
+        features(latents, torch.randn(2, 4, 10, 8), torch.tensor([-1.0, 99.0]))[:, 4:].square().sum().backward()
+        assert latents.grad is not None and latents.grad[0].abs().min() > 0
+        assert latents.grad[1].abs().max() < 0.1 * latents.grad[0].abs().max(), "the schedule's own end, almost noise"
+        assert all(p.grad is None for p in unet.parameters())
+
+
+def test_the_discriminator_judges_every_patch() -> None:
+    """A changed position changes the patches' score as one of all positions, whatever the whole's vector says."""
+    net = stirred(TextDiscriminator(4, widths=(16, 8), blocks=(1, 1), text_dim=12, embed_dim=16))
+    torch.nn.init.zeros_(net.realism.weight)
+    torch.nn.init.zeros_(net.match.weight)
+    torch.nn.init.zeros_(net.match.bias)
+    images, condition = torch.randn(2, 4, 10, 8), conditions(2)
+    with torch.no_grad():
+        scores = net(images, condition).scores[0]
+        fine = [net.patches[0](net.levels[0](net.conv_in(images))).mean((1, 2, 3))]
+        h = net.levels[0](net.conv_in(images))
+        coarse = net.levels[1](net.downs[0](F.pixel_unshuffle(h, 2)))
+        expected = fine[0] + net.patches[1](coarse).mean((1, 2, 3)) + net.realism.bias
+    torch.testing.assert_close(scores, expected)

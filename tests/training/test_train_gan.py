@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import gigdiff
 from gigdiff.errors import GigdiffError, ModelMismatchError
@@ -156,6 +158,33 @@ def test_every_loss_and_both_spaces_run(
     assert images[0].size == (64, 80)  # type: ignore[index]
 
 
+def test_a_diffusion_model_sees_for_the_discriminator(
+    main: Callable[..., None], catalogue: Path, tiny_model: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Resumed from the middle it goes on bit for bit; the frozen UNet is not part of the checkpoint."""
+    choices = (*GAN, "--discriminator", "diffusion", "--discriminator_model", str(tiny_model))
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    main("train_gan.py", *flags(catalogue, tiny_model / "vae", cache, whole, 10), *choices)
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-10", "model"))
+    again = [*flags(catalogue, tiny_model / "vae", cache, resumed, 10), *choices]
+    main("train_gan.py", *again, "--resume_from_checkpoint", "latest")
+    assert logged(whole, KEYS) == logged(resumed, KEYS)
+    named = ("generator", "ema", "optimizer", "discriminator", "discriminator_optimizer")
+    assert helpers.same_checkpoints(whole / "checkpoint-10", resumed / "checkpoint-10", named)
+    kept = load_file(whole / "checkpoint-10" / "discriminator.safetensors")
+    assert kept["conv_in.weight"].shape[1] == 4 + 256 and not any("down_blocks" in name for name in kept)
+    image = gigdiff.generate("red handbag", model=str(whole / "model"), seed=1, upscale=False)
+    assert image.size == (64, 80)  # type: ignore[union-attr]
+
+
+def test_a_discriminator_model_on_other_latents_is_refused(
+    main: Callable[..., None], catalogue: Path, autoencoder: Path, tiny_model: Path, cache: Path, tmp_path: Path
+) -> None:
+    choices = (*GAN, "--discriminator", "diffusion", "--discriminator_model", str(tiny_model))
+    with pytest.raises(ModelMismatchError, match="draws other latents than --vae_name_or_path"):
+        main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 5), *choices)
+
+
 def test_the_vae_runs_on_pixels(
     main: Callable[..., None], catalogue: Path, cache: Path, autoencoder: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +234,11 @@ def test_a_run_that_collapses_says_so(
             "--augment_flip true needs --space pixel",
         ),
         ("train_gan.py", ["--train_data_dir", "x", "--mismatch_weight", "1"], "--mismatch_weight is 1"),
+        (
+            "train_gan.py",
+            ["--train_data_dir", "x", "--discriminator", "diffusion", "--space", "pixel"],
+            "--discriminator diffusion needs --space latent",
+        ),
         ("train_gan.py", ["--train_data_dir", "x", "--vae_name_or_path", "nowhere"], "no autoencoder in nowhere"),
         ("train_vae.py", ["--train_data_dir", "x", "--width", "60"], "--width=60 is not a multiple of 8"),
     ],
