@@ -48,7 +48,7 @@ from gigdiff.generators.loading import load
 from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
 from gigdiff.generators.request import check_size
 from gigdiff.generators.shared_vae import latent_space_of, same_encoder
-from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder, visibility
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.diffusion_features import DiffusionFeatures
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
@@ -260,7 +260,7 @@ def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Te
     return data.latents(indices) if space == "latent" else data.pixels(indices)
 
 
-def view(config: GanConfig, shape: Sequence[int], indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def view_noise(config: GanConfig, shape: Sequence[int], indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(noise, log sigma) that a diffusion discriminator looks at the images of `indices` through; else empty."""
     if config.discriminator != "diffusion":
         return torch.empty(0), torch.empty(0)
@@ -299,7 +299,7 @@ def make_batch(
         rng.normal((noise_size,), config.seed, "gan noise", positions),
         rng.uniform(2 * DRAWS + 1, config.seed, "augmentation", positions),
         penalty_noise,
-        *view(config, images.shape[1:], positions),
+        *view_noise(config, images.shape[1:], positions),
     )
 
 
@@ -333,7 +333,7 @@ def held_out_set(
         train.conditions([(i, 0) for i in chosen], length),
         rng.normal((noise_size,), config.seed, "held-out noise", indices),
         rng.normal((noise_size,), config.seed, "repeated noise", range(8 * min(32, count))),
-        *view(config, reals.shape[1:], indices),
+        *view_noise(config, reals.shape[1:], indices),
     )
 
 
@@ -344,10 +344,30 @@ def drawn(generator: torch.nn.Module, noise: torch.Tensor, condition: torch.Tens
     return torch.cat([generator(z.to(device), c.to(device)).float().cpu() for z, c in parts])
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What the discriminator sees of images: themselves, each channel as much as it shows, and a UNet's features.
+
+    weights: (1, C, 1, 1). channels: of what is seen.
+    """
+
+    weights: torch.Tensor
+    features: DiffusionFeatures | None
+
+    @property
+    def channels(self) -> int:
+        return self.weights.shape[1] + (0 if self.features is None else self.features.channels)
+
+    def __call__(self, images: torch.Tensor, noise: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        shown = images * self.weights
+        if self.features is None:
+            return shown
+        found = self.features(images, noise, log_sigma)
+        return torch.cat([shown.to(found.dtype), found], 1)
+
+
 @torch.no_grad()
-def measure(
-    generator: torch.nn.Module, critic: torch.nn.Module, features: DiffusionFeatures | None, data: HeldOut
-) -> tuple[Variety, float]:
+def measure(generator: torch.nn.Module, critic: torch.nn.Module, view: View, data: HeldOut) -> tuple[Variety, float]:
     """Variety of what the generator draws, and the discriminator's r_v, in the caller's precision."""
     device = next(critic.parameters()).device
     fakes = drawn(generator, data.noise, data.condition)
@@ -357,16 +377,15 @@ def measure(
     def scores(images: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         found = []
         for i in range(0, len(images), 64):
-            x, c = images[i : i + 64].to(device), condition[i : i + 64].to(device)
-            if features is not None:
-                x = features(x, data.view_noise[i : i + 64].to(device), data.log_sigma[i : i + 64].to(device))
-            found.append(critic(x, c).scores[0].cpu())
+            x, noise, level = (part[i : i + 64].to(device) for part in (images, data.view_noise, data.log_sigma))
+            found.append(critic(view(x, noise, level), condition[i : i + 64].to(device)).scores[0].cpu())
         return torch.cat(found)
 
     ratio = overfitting_ratio(
         scores(data.train, data.train_condition), scores(data.reals, data.condition), scores(fakes, data.condition)
     )
-    return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), data.reals), ratio
+    fakes, repeated, reals = (images * view.weights.cpu() for images in (fakes, repeated, data.reals))
+    return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), reals), ratio
 
 
 def build_features(
@@ -440,16 +459,23 @@ def main(argv: list[str] | None = None) -> None:
         style_dim=config.style_dim,
     )
     features = None if config.discriminator == "scratch" else build_features(config, vae, encoder, device)
-    seen = shape if features is None else shape | {"channels": features.channels}
+    if vae is None:
+        view = View(torch.ones(1, 3, 1, 1, device=device), None)
+    else:
+        some = held_out.latents(list(range(min(64, len(held_out))))).to(device)
+        view = View(visibility(vae, some), features)
     critic = TextDiscriminator(
-        **seen, widths=config.discriminator_widths, blocks=config.discriminator_blocks, text_dim=encoder.dim
+        **shape | {"channels": view.channels},
+        widths=config.discriminator_widths,
+        blocks=config.discriminator_blocks,
+        text_dim=encoder.dim,
     )
     noise_size: int = generator.noise_size
     measured = held_out_set(held_out, train, config, length, noise_size)
     flops = {
         "generator": gigaflops(generator, measured.noise[:1], measured.condition[:1]),
         "discriminator": gigaflops(
-            critic, torch.zeros(1, seen["channels"], *measured.reals.shape[2:]), measured.condition[:1]
+            critic, torch.zeros(1, view.channels, *measured.reals.shape[2:]), measured.condition[:1]
         ),
     }
     # Channels last is what the CPU's and the tensor cores' convolutions want.
@@ -531,12 +557,12 @@ def main(argv: list[str] | None = None) -> None:
 
     def load_batch(step: int) -> Batch:
         positions = positions_of_step(step, config.train_batch_size, process, processes)
-        penalty_shape = (seen["channels"], *measured.reals.shape[2:]) if finite and penalised(step) else None
+        penalty_shape = (view.channels, *measured.reals.shape[2:]) if finite and penalised(step) else None
         return make_batch(train, positions, config, length, noise_size, penalty_shape)
 
     def looked_at(images: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What the discriminator sees of `images`."""
-        return images if features is None else features(images, batch.view_noise, batch.log_sigma)
+        return view(images, batch.view_noise, batch.log_sigma)
 
     def augmented(images: torch.Tensor, batch: Batch, use: int) -> torch.Tensor:
         probability = {
@@ -623,7 +649,9 @@ def main(argv: list[str] | None = None) -> None:
         values |= {"loss": loss.item(), "contrast_fake": contrast.item()}
         total = loss + config.contrastive_weight * contrast
         if twice:
-            alike = gan_losses.diversity_loss(fake[:twice], again, batch.images, config.diversity_target)
+            alike = gan_losses.diversity_loss(
+                *(view.weights * images for images in (fake[:twice], again, batch.images)), config.diversity_target
+            )
             values["too_alike"] = alike.item()
             total = total + config.diversity_weight * alike
         accelerator.backward(total)
@@ -650,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:
         last = done == config.max_train_steps
         if main_process and (done % config.validation_steps == 0 or last):
             with ema.applied_to(generator), accelerator.autocast():
-                variety, values["r_v"] = measure(generator, critic, features, measured)
+                variety, values["r_v"] = measure(generator, critic, view, measured)
             before = watch.collapsed
             best = watch.see(done, variety)
             values |= dataclasses.asdict(variety) | {"collapsed": float(watch.collapsed)}

@@ -14,7 +14,7 @@ __all__ = ["DiffusionFeatures"]
 
 
 class DiffusionFeatures:
-    """Latents (N, C, h, w) -> themselves and what a frozen UNet sees in them when noised: (N, channels, h, w).
+    """Latents (N, C, h, w) -> what a frozen UNet sees in them when noised, (N, channels, h, w).
 
     A discriminator that starts from latents has to learn to see first; a network trained to denoise them already tells
     goods, parts and textures apart (latent adversarial diffusion distillation, Sauer et al. 2024, arXiv 2403.12015).
@@ -24,26 +24,22 @@ class DiffusionFeatures:
 
     Features are those after the first and last level downwards, the middle and the first level upwards, of unit mean
     square at each position, on the latents' grid, mixed by one fixed random matrix (Projected GANs, Sauer et al. 2021,
-    arXiv 2111.01007, section 3.2), which favours none of them and makes them fewer. The latents go with them as they
-    are: on features alone a generator was slow to find the colour that was asked for.
+    arXiv 2111.01007, section 3.2), which favours none of them and makes them fewer.
 
     Args:
         unet: UNet2DConditionModel of two levels or more; set to constant here.
         empty: condition (1, L, D) of the empty text.
         table: `log_sigmas` of its noise schedule.
-        mixed: how many features are left of the UNet's.
-
-    Attributes:
-        channels: of what comes out.
+        channels: how many features are left of the UNet's.
     """
 
-    def __init__(self, unet: Any, empty: Tensor, table: Tensor, mixed: int = 256) -> None:
+    def __init__(self, unet: Any, empty: Tensor, table: Tensor, channels: int = 256) -> None:
         self.unet, self.empty, self.table = unet.eval().requires_grad_(False), empty, table
-        self.channels = unet.config["in_channels"] + mixed
+        self.channels = channels
         widths = unet.config["block_out_channels"]
         total = widths[0] + 2 * widths[-1] + widths[-1]
         generator = torch.Generator().manual_seed(0)
-        mix = torch.randn(mixed, total, 1, 1, generator=generator) * total**-0.5
+        mix = torch.randn(channels, total, 1, 1, generator=generator) * total**-0.5
         self.mix = mix.to(empty.device)
 
     def __call__(self, latents: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
@@ -71,8 +67,7 @@ class DiffusionFeatures:
         maps.append(x)
         size = latents.shape[-2:]
         seen = [F.interpolate(h * h.square().mean(1, keepdim=True).add(1e-6).rsqrt(), size) for h in maps]
-        features = F.conv2d(torch.cat(seen, 1), self.mix.to(x.dtype))
-        return torch.cat([latents.to(features.dtype), features], 1)
+        return F.conv2d(torch.cat(seen, 1), self.mix.to(x.dtype))
 
     @staticmethod
     def _text(block: Any, condition: Tensor) -> dict[str, Tensor]:

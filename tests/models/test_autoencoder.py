@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.models.autoencoder import ProductAutoencoder, visibility
 from gigdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 
 
@@ -57,6 +57,18 @@ def test_encode_gives_unit_variance_and_decode_undoes_it() -> None:
         assert latents.mean((0, 2, 3)).abs().max() < 1e-4
         torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(6), rtol=1e-3, atol=0)
         torch.testing.assert_close(model.decode(latents).sample, model(images)[0], rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+
+
+def test_visibility_is_each_channels_share_in_the_pixels() -> None:
+    """An untrained decoder is linear: the pixels' change is the length of a channel's column."""
+    model, images = tiny(), smooth_images()
+    model.init_linear_from_patches(images, exponent=1.0)
+    scales = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0])
+    model.set_latent_statistics(torch.zeros(6), scales)
+    columns = model.decoder.linear.weight[:, :, 0, 0].square().sum(0) * scales**2
+    found = visibility(model, torch.randn(3, 6, 4, 3))
+    assert found.shape == (1, 6, 1, 1) and found.square().mean().item() == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(found.flatten(), (columns / columns.mean()).sqrt().detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_save_and_load_keep_every_bit_including_the_statistics(tmp_path: Path) -> None:
