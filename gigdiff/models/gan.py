@@ -23,7 +23,7 @@ from gigdiff.errors import InputError
 from gigdiff.models.autoencoder import ResidualBlock
 from gigdiff.models.conditioning import TextSummary, TokenAttention
 
-__all__ = ["ConvGenerator", "ModulatedConv", "StyleGenerator", "coarsest_grid"]
+__all__ = ["ConvGenerator", "ModulatedConv", "StyleGenerator", "coarsest_grid", "doubled"]
 
 
 def coarsest_grid(height: int, width: int, fold: int, widths: tuple[int, ...], blocks: tuple[int, ...]) -> list[int]:
@@ -43,6 +43,15 @@ def coarsest_grid(height: int, width: int, fold: int, widths: tuple[int, ...], b
             f"of {divisor} both ways: give fewer widths or another --height and --width"
         )
     return [height // divisor, width // divisor]
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Twice the size, interpolated: smooth until the finer level's convolutions make it otherwise.
+
+    Channels folded out into space have weights of their own for each corner, and a generator of latents, each of which
+    is a patch of pixels, is long in learning that neighbours belong together: it drew chequerboards of patches.
+    """
+    return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 class ModulatedConv(nn.Module):
@@ -134,7 +143,7 @@ class StyleGenerator(ModelMixin, ConfigMixin):
         self.levels = nn.ModuleList(
             nn.ModuleList(StyleBlock(c, style_dim) for _ in range(b)) for c, b in zip(widths, blocks, strict=True)
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
+        self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
         # What truncation is towards: the mean style of a text over these draws.
         typical = torch.randn(64, noise_dim, generator=torch.Generator().manual_seed(0))
@@ -170,7 +179,7 @@ class StyleGenerator(ModelMixin, ConfigMixin):
         x = self.start(style).unflatten(1, (-1, *self.grid)).contiguous(memory_format=torch.channels_last)
         for i, (attention, level) in enumerate(zip(self.attentions, self.levels, strict=True)):
             if i > 0:
-                x = F.pixel_shuffle(self.ups[i - 1](F.silu(x)), 2)
+                x = doubled(self.ups[i - 1](F.silu(x)))
             x = attention(x, condition)
             for block in level:  # type: ignore[union-attr,attr-defined]
                 planes, rest = rest.split([2 * x.shape[2] * x.shape[3], rest.shape[1] - 2 * x.shape[2] * x.shape[3]], 1)
@@ -206,7 +215,7 @@ class ConvGenerator(ModelMixin, ConfigMixin):
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(c) for _ in range(b))) for c, b in zip(widths, blocks, strict=True)
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
+        self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
 
     @property
@@ -219,6 +228,6 @@ class ConvGenerator(ModelMixin, ConfigMixin):
         x = x.contiguous(memory_format=torch.channels_last)
         for i, (attention, level) in enumerate(zip(self.attentions, self.levels, strict=True)):
             if i > 0:
-                x = F.pixel_shuffle(self.ups[i - 1](F.silu(x)), 2)
+                x = doubled(self.ups[i - 1](F.silu(x)))
             x = level(attention(x, condition))
         return F.pixel_shuffle(self.conv_out(F.silu(x)), self.config["fold"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gigdiff.models.autoencoder import ResidualBlock
 from gigdiff.models.conditioning import TextSummary, TokenAttention
-from gigdiff.models.gan import coarsest_grid
+from gigdiff.models.gan import coarsest_grid, doubled
 
 __all__ = ["ConditionalVae", "VaeOutput", "calibrated_nll"]
 
@@ -111,7 +111,7 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         self.levels = nn.ModuleList(
             nn.ModuleList(LadderBlock(c, latent_dim) for _ in range(b)) for c, b in zip(widths, blocks, strict=True)
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(widths))
+        self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
 
     @property
@@ -143,7 +143,7 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         kl, rest = torch.zeros(len(noise), device=noise.device), truncation * noise
         for i, (attention, level) in enumerate(zip(self.attentions, self.levels, strict=True)):
             if i > 0:
-                x = F.pixel_shuffle(self.ups[i - 1](F.silu(x)), 2)
+                x = doubled(self.ups[i - 1](F.silu(x)))
             x = attention(x, condition)
             size = self.config["latent_dim"] * x.shape[2] * x.shape[3]
             for block in level:  # type: ignore[union-attr,attr-defined]
