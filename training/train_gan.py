@@ -389,7 +389,7 @@ def measure(generator: torch.nn.Module, critic: torch.nn.Module, view: View, dat
 
 
 def build_features(
-    config: GanConfig, vae: ProductAutoencoder | None, encoder: TextEncoder, device: torch.device
+    config: GanConfig, vae: ProductAutoencoder, encoder: TextEncoder, device: torch.device
 ) -> DiffusionFeatures:
     """The frozen UNet of `discriminator_model`, in the layout and attention that training wants.
 
@@ -398,7 +398,7 @@ def build_features(
     """
     drawing = load(config.discriminator_model, device="cpu")
     what = f"--discriminator_model {config.discriminator_model}"
-    if not isinstance(drawing, DiffusionGenerator) or vae is None:
+    if not isinstance(drawing, DiffusionGenerator):
         raise ModelMismatchError(f'{what} is no model of training/train_diffusion.py: give such a folder, or "mini"')
     if not same_encoder(drawing.vae, vae):
         raise ModelMismatchError(f"{what} draws other latents than --vae_name_or_path {config.vae_name_or_path} gives")
@@ -458,11 +458,11 @@ def main(argv: list[str] | None = None) -> None:
         noise_dim=config.noise_dim,
         style_dim=config.style_dim,
     )
-    features = None if config.discriminator == "scratch" else build_features(config, vae, encoder, device)
     if vae is None:
         view = View(torch.ones(1, 3, 1, 1, device=device), None)
     else:
         some = held_out.latents(list(range(min(64, len(held_out))))).to(device)
+        features = None if config.discriminator == "scratch" else build_features(config, vae, encoder, device)
         view = View(visibility(vae, some), features)
     critic = TextDiscriminator(
         **shape | {"channels": view.channels},

@@ -37,14 +37,14 @@ class DiffusionFeatures:
         self.unet, self.empty, self.table = unet.eval().requires_grad_(False), empty, table
         self.channels = channels
         widths = unet.config["block_out_channels"]
-        total = widths[0] + 2 * widths[-1] + widths[-1]
+        total = widths[0] + 3 * widths[-1]
         generator = torch.Generator().manual_seed(0)
         mix = torch.randn(channels, total, 1, 1, generator=generator) * total**-0.5
         self.mix = mix.to(empty.device)
 
     def __call__(self, latents: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
         """noise: like latents. log_sigma: (N,), the level that each is noised to; clamped to the schedule's."""
-        log_sigma = log_sigma.clamp(float(self.table[0]), float(self.table[-1]))
+        log_sigma = log_sigma.clamp(self.table[0], self.table[-1])
         z = add_noise(latents, noise, log_sigma).contiguous(memory_format=torch.channels_last)
         condition = self.empty.expand(len(z), -1, -1)
         unet, t = self.unet, timesteps_of(log_sigma, self.table)
@@ -58,7 +58,7 @@ class DiffusionFeatures:
             x, states = block(hidden_states=x, temb=embedding, **self._text(block, condition))
             skips += states
             if i in (0, len(unet.down_blocks) - 1):
-                maps.append(states[unet.config["layers_per_block"] - 1])
+                maps.append(states[len(block.resnets) - 1])  # before it is halved
         x = unet.mid_block(x, embedding, encoder_hidden_states=condition)
         maps.append(x)
         up = unet.up_blocks[0]
