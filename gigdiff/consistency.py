@@ -18,7 +18,7 @@ from torch import Tensor
 from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity
 from gigdiff.errors import InputError
 
-__all__ = ["clean_from", "consistency_distance", "huber", "knot_timesteps", "solver_step"]
+__all__ = ["clean_from", "consistency_distance", "consistency_target", "huber", "knot_timesteps", "solver_step"]
 
 
 def knot_timesteps(count: int, num_train_timesteps: int = 1000) -> Tensor:
@@ -73,6 +73,31 @@ def clean_from(prediction: Tensor, z: Tensor, log_sigma: Tensor, prediction_type
     raise InputError(f"prediction_type {prediction_type!r}: distillation knows epsilon, v_prediction and sample.")
 
 
+def consistency_target(
+    target_of: Callable[[Tensor, Tensor], Tensor],
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    z: Tensor,
+    knot: Tensor,
+    levels: Tensor,
+) -> Tensor:
+    """Where the teacher's path through `z` ends, by one solver step to the next knot and the student from there.
+
+    Args:
+        target_of: (z, knot (N,)) -> the clean end. At knot 0 it is the point itself over alpha.
+        teacher: (z, log_sigma (N,)) -> the guided teacher's clean estimate.
+        z: noisy latents (N, C, h, w) at their `knot` (N,), from 1. levels: log sigma of every knot, (knots + 1,).
+
+    Returns:
+        (N, C, h, w), without gradient.
+    """
+    lower = knot - 1
+    with torch.no_grad():
+        nearer = solver_step(teacher, z, levels[knot], levels[lower])
+        alpha = alpha_beta(levels[lower], z)[0]
+        first = (lower == 0).view(-1, *[1] * (z.ndim - 1))
+        return torch.where(first, nearer / alpha, target_of(nearer, lower))
+
+
 def consistency_distance(
     student: Callable[[Tensor, Tensor], Tensor],
     target_of: Callable[[Tensor, Tensor], Tensor],
@@ -84,19 +109,10 @@ def consistency_distance(
 ) -> Tensor:
     """(N,): how far the student's ends at two neighbouring knots of the teacher's path lie apart (Luo et al., eq. 13).
 
-    Args:
-        student, target_of: (z, knot (N,)) -> the clean end; the second gives the end at the lower knot, without
-            gradient. At knot 0 it is the point itself over alpha.
-        teacher: (z, log_sigma (N,)) -> the guided teacher's clean estimate.
-        latents, noise: (N, C, h, w). knot: (N,) from 1. levels: log sigma of every knot, (knots + 1,).
+    student: (z, knot (N,)) -> the clean end. latents, noise: (N, C, h, w). The rest as `consistency_target`'s.
     """
-    here, lower = levels[knot], knot - 1
-    z = add_noise(latents, noise, here)
-    with torch.no_grad():
-        nearer = solver_step(teacher, z, here, levels[lower])
-        alpha = alpha_beta(levels[lower], z)[0]
-        first = (lower == 0).view(-1, *[1] * (z.ndim - 1))
-        target = torch.where(first, nearer / alpha, target_of(nearer, lower))
+    z = add_noise(latents, noise, levels[knot])
+    target = consistency_target(target_of, teacher, z, knot, levels)
     return huber(student(z, knot), target)
 
 

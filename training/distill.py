@@ -2,11 +2,22 @@
 
     accelerate launch training/distill.py --config configs/distill_mini.yaml
 
-Consistency distillation (Song et al. 2023, arXiv 2303.01469; Luo et al. 2023, arXiv 2310.04378): the student starts as
-a copy of the teacher. At one of a few knots of the noise schedule it sees a photo with noise; the guided teacher takes
-one second-order solver step to the next knot; and the student is trained to give at the first knot what it gives, now,
-at the second: the clean end of the path. Nearest to clean the teacher's own point is the target. The student is saved
-with diffusers' LCMScheduler, whose steps fall on these knots, and draws at guidance 1.
+The student starts as a copy of the teacher. Three terms, each with its weight, teach it to get from a noisy photo at
+one of a few knots of the noise schedule to a clean one:
+
+`--guidance_weight`: what the guided teacher says at the same knot, in one pass instead of two (Meng et al. 2023, arXiv
+2210.03142, section 3.1). The student keeps the teacher's solver, whose steps fall on the knots.
+
+`--consistency_weight`: consistency distillation (Song et al. 2023, arXiv 2303.01469; Luo et al. 2023, arXiv
+2310.04378). The guided teacher takes one second-order solver step to the next knot, and the student is trained to give
+at the first knot what it gives, now, at the second: the clean end of the path. Nearest to clean the teacher's own point
+is the target. Without a guidance term the student is saved with diffusers' LCMScheduler, whose steps fall on the knots.
+
+`--adversarial_weight`: latent adversarial distillation (Sauer et al. 2024, arXiv 2403.12015). What the student gives at
+the `--adversarial_knots` noisiest knots is judged against the photo by a discriminator that looks through frozen
+features of the teacher's UNet, the one of train_gan.py with `--discriminator diffusion`.
+
+The student draws at guidance 1.
 """
 
 from __future__ import annotations
@@ -26,11 +37,13 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
-from gigdiff.consistency import consistency_distance, knot_timesteps, solver_step
+from gigdiff.consistency import consistency_target, huber, knot_timesteps, solver_step
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.diffusion import clean_from_velocity, guided, log_sigmas, timesteps_of
+from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity, guided, log_sigmas, timesteps_of
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, view_of
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
+from gigdiff.fit.collapse import coarse_frechet
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
@@ -58,6 +71,21 @@ class DistillConfig:
         cache_dir: where latents and text embeddings are kept between runs.
         guidance_scale: the teacher's guidance, which the student learns; none = the teacher's own default.
         knots: noise levels that the student knows, in equal steps of time; it can draw in any divisor of it.
+        guidance_weight: weight of the squared error to the guided teacher's velocity; 0 is off.
+        consistency_weight: weight of the consistency distance; 0 is off.
+        adversarial_weight: weight of the discriminator's judgement; 0 is off.
+        adversarial_knots: how many knots it judges, the noisiest first; half the photos are at these then, the other
+            half at the others. By default all.
+        discriminator_widths: channels of the discriminator's levels, coarsest first.
+        discriminator_blocks: residual blocks of each.
+        discriminator_learning_rate: peak of the discriminator's schedule, which has no warm-up.
+        discriminator_log_sigma_mean: mean of the normal law of the log noise levels that it looks at latents through.
+        discriminator_log_sigma_std: its standard deviation.
+        penalty_weight: its gradient penalty (R1 + R2), averaged over steps.
+        penalty_interval: take it every so many steps, times as strong.
+        penalty_noise: standard deviation of the finite difference's noise.
+        mismatch_weight: share of its fakes that are photos with another product's text.
+        contrastive_weight: weight of finding each image's text among the batch's.
         captions_per_image: wordings of each product; each epoch uses the next.
         captions_seed: of the wordings; none = seed. A run on cached encodings takes theirs.
         train_batch_size: images a step and process.
@@ -65,7 +93,8 @@ class DistillConfig:
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
         lr_decay_fraction: last part of the run that decays by a cosine.
-        adam_beta2: AdamW's second moment decay.
+        adam_beta1: momentum, of AdamW and of the discriminator's Adam; none = 0.9, and 0 with a discriminator.
+        adam_beta2: second moment decay of both.
         adam_weight_decay: AdamW's weight decay.
         max_grad_norm: gradient clipping.
         ema_decay: decay of the averaged weights, which are what is validated and saved.
@@ -93,6 +122,20 @@ class DistillConfig:
     cache_dir: str = "cache"
     guidance_scale: float | None = None
     knots: int = 8
+    guidance_weight: float = 0.0
+    consistency_weight: float = 1.0
+    adversarial_weight: float = 0.0
+    adversarial_knots: int | None = None
+    discriminator_widths: tuple[int, ...] = (192, 192)
+    discriminator_blocks: tuple[int, ...] = (1, 1)
+    discriminator_learning_rate: float = 3e-4
+    discriminator_log_sigma_mean: float = -1.0
+    discriminator_log_sigma_std: float = 1.2
+    penalty_weight: float = 1.0
+    penalty_interval: int = 4
+    penalty_noise: float = 0.2
+    mismatch_weight: float = 0.5
+    contrastive_weight: float = 0.5
     captions_per_image: int = 5
     captions_seed: int | None = None
     train_batch_size: int = 32
@@ -100,6 +143,7 @@ class DistillConfig:
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 50
     lr_decay_fraction: float = 0.4
+    adam_beta1: float | None = None
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -140,16 +184,26 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
 
+    def part(self, chosen: torch.Tensor) -> Batch:
+        """The samples of the indices `chosen`."""
+        return Batch(*(getattr(self, f.name)[chosen] for f in dataclasses.fields(self)))
+
 
 def make_batch(data: EncodedProducts, positions: range, config: DistillConfig, length: int) -> Batch:
     """The samples at `positions` of the endless stream; each depends on (seed, position) alone.
 
-    Knots go round with the position, so that every step sees all of them alike.
+    Knots go round with the position, so that every step sees all of them alike; where a discriminator judges some only,
+    every other position is at one of these.
     """
     indices = samples_at(positions, len(data), config.seed)
     latents = data.latents(indices)
     noise = rng.normal(latents.shape[1:], config.seed, "distillation noise", positions)
-    knot = torch.tensor([1 + position % config.knots for position in positions])
+    judged = config.adversarial_knots
+    if judged is None:
+        knot = torch.tensor([1 + position % config.knots for position in positions])
+    else:
+        others = config.knots - judged
+        knot = torch.tensor([others + 1 + p // 2 % judged if p % 2 else 1 + p // 2 % others for p in positions])
     choices = [(index, position // len(data)) for index, position in zip(indices, positions, strict=True)]
     return Batch(latents, data.conditions(choices, length), noise, knot)
 
@@ -180,22 +234,38 @@ class Distillation:
 
         def estimate(z: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
             t = timesteps_of(log_sigma, self.table)
+            if self.scale == 1.0:
+                return clean_from_velocity(z, _velocity(self.teacher, z, t, condition), log_sigma)
             unconditional, conditional = _velocity(self.teacher, z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return clean_from_velocity(z, guided(unconditional, conditional, self.scale), log_sigma)
 
         return estimate
 
-    def losses(self, student: Any, target_of: Any, batch: Batch) -> torch.Tensor:
-        """(N,): `consistency_distance`; `target_of` gives the student's end at the lower knot."""
-        return consistency_distance(
-            lambda z, knot: self.clean(student, z, knot, batch.condition),
+    def noisy(self, batch: Batch) -> torch.Tensor:
+        """The batch's photos at their knots, (N, C, h, w)."""
+        return add_noise(batch.latents, batch.noise, self.levels[batch.knot])
+
+    def guidance_loss(self, made: torch.Tensor, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(N,): squared error of `made`, the student's clean ends from `z`, to the guided teacher's, as velocities."""
+        here = self.levels[batch.knot]
+        with torch.no_grad():
+            end = self.guided_clean(batch.condition)(z, here)
+        # x = alpha z - beta v, so errors of v are those of x over beta.
+        return ((made - end) / alpha_beta(here, z)[1]).square().flatten(1).mean(1)
+
+    def consistency_loss(self, made: torch.Tensor, target_of: Any, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(N,): how far `made`, the student's ends from `z`, lie from those by way of the next knot.
+
+        target_of: the student that gives the ends there.
+        """
+        target = consistency_target(
             lambda z, knot: self.clean(target_of, z, knot, batch.condition),
             self.guided_clean(batch.condition),
-            batch.latents,
-            batch.noise,
+            z,
             batch.knot,
             self.levels,
         )
+        return huber(made, target)
 
     def path_end(self, noise: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Where the guided teacher's path from the noisiest knot ends (N, C, h, w), by a solver step a knot."""
@@ -227,8 +297,20 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(DistillConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     if config.knots % config.num_inference_steps:
         raise InputError(f"--num_inference_steps {config.num_inference_steps} must divide --knots {config.knots}")
+    if max(config.guidance_weight, config.consistency_weight, config.adversarial_weight) <= 0:
+        raise InputError("--guidance_weight, --consistency_weight and --adversarial_weight are all 0: nothing to learn")
+    judged = config.adversarial_knots
+    if judged is not None and not (config.adversarial_weight > 0 and 0 < judged < config.knots):
+        raise InputError(
+            f"--adversarial_knots {judged} needs --adversarial_weight above 0 and a number from 1 to below --knots "
+            f"{config.knots}; leave it out to have all judged"
+        )
+    beta1 = config.adam_beta1
+    if beta1 is None:
+        beta1 = 0.0 if config.adversarial_weight > 0 else 0.9
     out = Path(config.output_dir)
-    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
+    config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision), adam_beta1=beta1)
+    settings = AdversarySettings.of(config) if config.adversarial_weight > 0 else None
     accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
     device, main_process = accelerator.device, accelerator.is_main_process
     processes, process = accelerator.num_processes, accelerator.process_index
@@ -249,23 +331,43 @@ def main(argv: list[str] | None = None) -> None:
     teacher = drawing.unet.requires_grad_(False)
     student: UNet2DConditionModel = copy.deepcopy(teacher).requires_grad_(True).train()
     chosen = set_attention(student, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
-    scheduler = build_scheduler(drawing.scheduler, config.knots)
+    # With the guidance term the student stands in for the teacher, in its solver; else it jumps to the end and back.
+    jumping = build_scheduler(drawing.scheduler, config.knots)
+    scheduler = drawing.scheduler if config.guidance_weight > 0 else jumping
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
-    table = log_sigmas(scheduler.alphas_cumprod).to(device)
+    table = log_sigmas(jumping.alphas_cumprod).to(device)
     task = Distillation(teacher, train.conditions([None], length).to(device), scale, timesteps, table)
     ema = Ema(student, config.ema_decay)
     optimizer = torch.optim.AdamW(
         student.parameters(),
         lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
+        betas=(beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         fused=True,
     )
+    adversary = None
+    if settings is not None:
+        torch.manual_seed(rng.derive_seed(config.seed, "discriminator"))
+        features = diffusion_features(drawing, config.mixed_precision, device)
+        adversary = Adversary(
+            settings,
+            view_of(vae, held_out, features, device),
+            size=(height // 8, width // 8),
+            fold=1,
+            text_dim=encoder.dim,
+            accelerator=accelerator,
+        )
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:
-        first_step, _ = restore_training(checkpoint, "unet", student, ema, optimizer)
+        first_step, tensors = restore_training(checkpoint, "unet", student, ema, optimizer)
+        if adversary is not None:
+            if "discriminator" not in tensors:
+                raise ModelMismatchError(f"{checkpoint} has no discriminator: it was made with --adversarial_weight 0")
+            adversary.load(tensors)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
+    if adversary is not None:
+        adversary.prepare()
 
     stop = StopSignal().install()
     if main_process:
@@ -281,23 +383,39 @@ def main(argv: list[str] | None = None) -> None:
 
     fixed = make_batch(held_out, range(len(held_out)), dataclasses.replace(config, seed=config.seed + 1), length)
     fixed = fixed.to(device)
+    weights = view_of(vae, held_out, None, device).weights
     with torch.no_grad(), accelerator.autocast():
         ends = task.path_end(fixed.noise, fixed.condition)
         spread = (ends - ends.mean(0)).square().mean()
 
+    def regression(made: torch.Tensor, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The terms that have a target, with their weights; scalar."""
+        loss = torch.zeros((), device=device)
+        if config.guidance_weight > 0:  # where a drawing is judged it is not to be the mean of all that it might be
+            rest = (batch.knot <= config.knots - (judged or 0)).nonzero()[:, 0]
+            guided_loss = task.guidance_loss(made[rest], z[rest], batch.part(rest))
+            loss = loss + config.guidance_weight * guided_loss.mean()
+        if config.consistency_weight > 0:
+            # The student's own latest weights give the target: an average lags behind in so short a training.
+            loss = loss + config.consistency_weight * task.consistency_loss(made, student, z, batch).mean()
+        return loss
+
     @torch.no_grad()
     def measure() -> dict[str, float]:
-        """Held-out loss, and the one-step error: from pure noise to the end of the teacher's path, as a share of the
-        ends' variance (1 = no better than the mean picture)."""
+        """Held-out loss; the one-step error: from pure noise to the end of the teacher's path, as a share of the ends'
+        variance (1 = no better than the mean picture); and the `coarse_frechet` distance of these drawings from the
+        photos, each channel as it shows."""
         student.eval()
         with ema.applied_to(student), accelerator.autocast():
-            loss = task.losses(student, student, fixed).mean()
+            z = task.noisy(fixed)
+            loss = regression(task.clean(student, z, fixed.knot, fixed.condition), z, fixed)
             noisiest = torch.full_like(fixed.knot, config.knots)
             made = task.clean(student, fixed.noise, noisiest, fixed.condition)
         student.train()
         return {
             "validation_loss": loss.item(),
             "validation_one_step_error": ((made - ends).square().mean() / spread).item(),
+            "validation_distance": coarse_frechet(made * weights, fixed.latents * weights),
         }
 
     def averaged() -> UNet2DConditionModel:
@@ -321,25 +439,50 @@ def main(argv: list[str] | None = None) -> None:
             "ema": ema.shadow,
             "optimizer": optimizer_tensors(optimizer.optimizer),
         }
+        if adversary is not None:
+            tensors |= adversary.tensors()
         state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
         save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
 
-    def load_batch(step: int) -> Batch:
-        return make_batch(train, positions_of_step(step, config.train_batch_size, process, processes), config, length)
+    def load_batch(step: int) -> tuple[Batch, torch.Tensor, Chances | None]:
+        """A batch, the indices of what the discriminator judges of it, and its chances."""
+        positions = positions_of_step(step, config.train_batch_size, process, processes)
+        batch = make_batch(train, positions, config, length)
+        chosen = (batch.knot > config.knots - (judged or config.knots)).nonzero()[:, 0]
+        if adversary is None:
+            return batch, chosen, None
+        at = [positions[i] for i in chosen.tolist()]
+        return batch, chosen, adversary.chances(at, step, batch.latents.shape[1:], batch.condition[chosen])
 
-    started, images_done = time.monotonic(), 0
-    for step, batch in prefetched(range(first_step, config.max_train_steps), load_batch):
-        rate = learning_rate(
+    def rate_at(step: int, peak: float, warmup_steps: int) -> float:
+        return learning_rate(
             step,
-            peak=config.learning_rate,
-            warmup_steps=config.lr_warmup_steps,
+            peak=peak,
+            warmup_steps=warmup_steps,
             total_steps=config.max_train_steps,
             decay_fraction=config.lr_decay_fraction,
         )
+
+    started, images_done = time.monotonic(), 0
+    for step, (batch, chosen, chances) in prefetched(range(first_step, config.max_train_steps), load_batch):
+        rate = rate_at(step, config.learning_rate, config.lr_warmup_steps)
         set_learning_rate(optimizer, rate)
+        batch = batch.to(device)
+        values: dict[str, float] = {}
         with accelerator.autocast():
-            # The student's own latest weights give the target: an average lags behind in so short a training.
-            loss = task.losses(wrapped, student, batch.to(device)).mean()
+            z = task.noisy(batch)
+            made = task.clean(wrapped, z, batch.knot, batch.condition)
+            loss = regression(made, z, batch)
+        if adversary is not None and chances is not None:
+            chances = chances.to(device)
+            chosen = chosen.to(device)
+            condition = batch.condition[chosen]
+            looks = adversary.look(batch.latents[chosen], made[chosen], chances)
+            critic_rate = rate_at(step, config.discriminator_learning_rate, 0)
+            values |= adversary.learn(looks, condition, chances, step, critic_rate)
+            fooled, more = adversary.judge(looks, condition, chances)
+            values |= more
+            loss = loss + config.adversarial_weight * fooled
         check_finite(loss.item(), step, rate)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
@@ -349,7 +492,7 @@ def main(argv: list[str] | None = None) -> None:
         images_done += len(batch.latents) * processes
 
         done = step + 1
-        values: dict[str, float] = {"loss": loss.item(), "learning_rate": rate, "grad_norm": float(norm)}
+        values |= {"loss": loss.item(), "learning_rate": rate, "grad_norm": float(norm)}
         values["images_per_second"] = images_done / (time.monotonic() - started)
         last = done == config.max_train_steps
         if main_process and (done % config.validation_steps == 0 or last):
@@ -378,7 +521,7 @@ def main(argv: list[str] | None = None) -> None:
                 "guidance_scale": 1.0,
                 "guidance_interval": [0.0, None],
                 "distilled_from": config.teacher,
-                "baked_guidance": scale,
+                "baked_guidance": scale if config.guidance_weight + config.consistency_weight > 0 else 1.0,
                 "latent_space": latent_space_of(vae),
                 "parameters": sum(p.numel() for m in (student, vae) for p in m.parameters()),
                 "trained_steps": config.max_train_steps,

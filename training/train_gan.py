@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +22,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
-from gigdiff.attention import set_attention
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.diffusion import log_sigmas
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
-from gigdiff.fit.augmentation import DRAWS, AdaptiveStrength, augment
+from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, view_of
 from gigdiff.fit.checkpoint import (
     find_checkpoint,
-    load_optimizer,
+    load_checkpoint,
     optimizer_tensors,
     restore_training,
     save_checkpoint,
@@ -48,12 +45,11 @@ from gigdiff.generators.loading import load
 from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
 from gigdiff.generators.request import check_size
 from gigdiff.generators.shared_vae import latent_space_of, same_encoder
-from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder, visibility
+from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.diffusion_features import DiffusionFeatures
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
-from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
-from gigdiff.precision import autocast_dtype, training_precision
+from gigdiff.precision import training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 GENERATORS: dict[str, Any] = {"style": StyleGenerator, "conv": ConvGenerator}
@@ -72,6 +68,8 @@ class GanConfig:
         space: "latent" draws an autoencoder's latents, "pixel" the pixels.
         vae_name_or_path: folder of the autoencoder (latent space).
         text_encoder: "minilm", or a text encoder's folder or hub id.
+        init_from: another run's folder or checkpoint whose averaged generator and discriminator to start from. Its
+            generator may have fewer blocks: those it lacks start as the identity.
         output_dir: run folder: checkpoints, log.jsonl, previews/, best/, model/.
         cache_dir: where latents and text embeddings are kept.
         height: image height in pixels, a multiple of 8.
@@ -142,6 +140,7 @@ class GanConfig:
     space: Literal["latent", "pixel"] = "latent"
     vae_name_or_path: str = "gigdiff/pretrained/mini/vae"
     text_encoder: str = "minilm"
+    init_from: str | None = None
     output_dir: str = "runs/gan"
     cache_dir: str = "cache"
     height: int = 80
@@ -217,39 +216,24 @@ class GanConfig:
     report_to: str = "tensorboard"
     max_train_samples: int | None = None
 
-    def checked_penalty(self) -> str:
-        """The penalty that is meant; raises InputError for combinations that make no sense."""
-        penalty = gan_losses.RECOMMENDED_PENALTY[self.loss] if self.penalty == "auto" else self.penalty
+    def check(self) -> None:
+        """Raises InputError for combinations that make no sense."""
         if self.augment_flip and self.space == "latent":
             raise InputError(
                 "--augment_flip true needs --space pixel: mirrored latents are not the latents of a mirrored photo"
             )
         if self.discriminator == "diffusion" and self.space == "pixel":
             raise InputError("--discriminator diffusion needs --space latent: its UNet sees latents, not pixels")
-        if not 0 <= self.mismatch_weight < 1:
-            raise InputError(f"--mismatch_weight is {self.mismatch_weight:g}; at least 0 and below 1 is allowed")
-        if self.penalty_interval < 1 or self.train_batch_size < 2:
-            raise InputError(
-                f"--penalty_interval is {self.penalty_interval}, at least 1 is needed; --train_batch_size is "
-                f"{self.train_batch_size}, at least 2 is needed (another product's text makes a mismatch)"
-            )
-        return penalty
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """images (N, C, H, W), condition (N, 1 + L, D), same bool (N, N): equal texts, noise (N, noise_size),
-    draws uniform (N, 2 * DRAWS + 1), penalty_noise (2 N, *what the discriminator sees) or empty, view_noise like images
-    and log_sigma (N,): the noise that a diffusion discriminator looks through, or empty."""
+    """images (N, C, H, W), condition (N, 1 + L, D), noise (N, noise_size), and the discriminator's chances."""
 
     images: torch.Tensor
     condition: torch.Tensor
-    same: torch.Tensor
     noise: torch.Tensor
-    draws: torch.Tensor
-    penalty_noise: torch.Tensor
-    view_noise: torch.Tensor
-    log_sigma: torch.Tensor
+    chances: Chances
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -260,47 +244,24 @@ def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Te
     return data.latents(indices) if space == "latent" else data.pixels(indices)
 
 
-def view_noise(config: GanConfig, shape: Sequence[int], indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(noise, log sigma) that a diffusion discriminator looks at the images of `indices` through; else empty."""
-    if config.discriminator != "diffusion":
-        return torch.empty(0), torch.empty(0)
-    law = rng.normal((1,), config.seed, "view level", indices)[:, 0]
-    level = config.discriminator_log_sigma_mean + config.discriminator_log_sigma_std * law
-    return rng.normal(shape, config.seed, "view noise", indices), level
-
-
 def make_batch(
     data: EncodedProducts,
     positions: range,
+    step: int,
     config: GanConfig,
     length: int,
     noise_size: int,
-    penalty_shape: Sequence[int] | None,
+    adversary: Adversary,
 ) -> Batch:
-    """The samples at `positions` of the endless stream; each depends on (seed, position) alone.
-
-    penalty_shape: of what the discriminator sees of an image, where the step takes a penalty by finite differences.
-    """
+    """The samples at `positions` of the endless stream; each depends on (seed, position) alone."""
     indices = samples_at(positions, len(data), config.seed)
     images = images_of(data, indices, config.space)
     condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
-    same = (condition[:, None, 0] == condition[None, :, 0]).all(-1)
+    chances = adversary.chances(positions, step, images.shape[1:], condition)
     if config.text_noise > 0:
         blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
         condition = blur_condition(condition, blur, config.text_noise)
-    penalty_noise = torch.empty(0)
-    if penalty_shape is not None:
-        both = [rng.normal(penalty_shape, config.seed, f"penalty noise {i}", positions) for i in range(2)]
-        penalty_noise = torch.cat(both)
-    return Batch(
-        images,
-        condition,
-        same,
-        rng.normal((noise_size,), config.seed, "gan noise", positions),
-        rng.uniform(2 * DRAWS + 1, config.seed, "augmentation", positions),
-        penalty_noise,
-        *view_noise(config, images.shape[1:], positions),
-    )
+    return Batch(images, condition, rng.normal((noise_size,), config.seed, "gan noise", positions), chances)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +281,12 @@ class HeldOut:
 
 
 def held_out_set(
-    held_out: EncodedProducts, train: EncodedProducts, config: GanConfig, length: int, noise_size: int
+    held_out: EncodedProducts,
+    train: EncodedProducts,
+    config: GanConfig,
+    length: int,
+    noise_size: int,
+    adversary: Adversary,
 ) -> HeldOut:
     count = min(len(held_out), len(train))
     chosen = rng.permutation(len(train), config.seed, "measured train photos")[:count].tolist()
@@ -333,7 +299,7 @@ def held_out_set(
         train.conditions([(i, 0) for i in chosen], length),
         rng.normal((noise_size,), config.seed, "held-out noise", indices),
         rng.normal((noise_size,), config.seed, "repeated noise", range(8 * min(32, count))),
-        *view_noise(config, reals.shape[1:], indices),
+        *adversary.view_noise(reals.shape[1:], indices),
     )
 
 
@@ -344,31 +310,10 @@ def drawn(generator: torch.nn.Module, noise: torch.Tensor, condition: torch.Tens
     return torch.cat([generator(z.to(device), c.to(device)).float().cpu() for z, c in parts])
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-    """What the discriminator sees of images: themselves, each channel as much as it shows, and a UNet's features.
-
-    weights: (1, C, 1, 1). channels: of what is seen.
-    """
-
-    weights: torch.Tensor
-    features: DiffusionFeatures | None
-
-    @property
-    def channels(self) -> int:
-        return self.weights.shape[1] + (0 if self.features is None else self.features.channels)
-
-    def __call__(self, images: torch.Tensor, noise: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-        shown = images * self.weights
-        if self.features is None:
-            return shown
-        found = self.features(images, noise, log_sigma)
-        return torch.cat([shown.to(found.dtype), found], 1)
-
-
 @torch.no_grad()
-def measure(generator: torch.nn.Module, critic: torch.nn.Module, view: View, data: HeldOut) -> tuple[Variety, float]:
+def measure(generator: torch.nn.Module, adversary: Adversary, data: HeldOut) -> tuple[Variety, float]:
     """Variety of what the generator draws, and the discriminator's r_v, in the caller's precision."""
+    critic, view = adversary.critic, adversary.view
     device = next(critic.parameters()).device
     fakes = drawn(generator, data.noise, data.condition)
     prompts = len(data.repeated_noise) // 8
@@ -388,10 +333,10 @@ def measure(generator: torch.nn.Module, critic: torch.nn.Module, view: View, dat
     return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), reals), ratio
 
 
-def build_features(
+def features_of(
     config: GanConfig, vae: ProductAutoencoder, encoder: TextEncoder, device: torch.device
 ) -> DiffusionFeatures:
-    """The frozen UNet of `discriminator_model`, in the layout and attention that training wants.
+    """What the frozen UNet of `discriminator_model` sees.
 
     Raises:
         ModelMismatchError: no diffusion model of gigdiff's, or one on other latents or another text encoder.
@@ -404,10 +349,30 @@ def build_features(
         raise ModelMismatchError(f"{what} draws other latents than --vae_name_or_path {config.vae_name_or_path} gives")
     if drawing.text_encoder.fingerprint != encoder.fingerprint:
         raise ModelMismatchError(f"{what} reads another text encoder than --text_encoder {config.text_encoder}")
-    unet = drawing.unet.to(device, memory_format=torch.channels_last)
-    set_attention(unet, "auto", training=True, dtype=autocast_dtype(config.mixed_precision))
-    empty = encoder.encode([""]).condition().to(device)
-    return DiffusionFeatures(unet, empty, log_sigmas(drawing.scheduler.alphas_cumprod).to(device))
+    return diffusion_features(drawing, config.mixed_precision, device)
+
+
+def start_from(run: str, generator: torch.nn.Module, adversary: Adversary) -> None:
+    """Averaged generator and discriminator of another run; residual blocks that it lacks start as the identity.
+
+    Raises:
+        InputError: there is no checkpoint. ModelMismatchError: they differ in more than the generator's blocks.
+    """
+    what, folder = f"--init_from {run}", Path(run)
+    found = folder if (folder / "state.json").is_file() else find_checkpoint("latest", folder)
+    if found is None:
+        raise InputError(f"{what}: no checkpoint there; give a run folder of train_gan.py or one of its checkpoints")
+    _, tensors = load_checkpoint(found)
+    try:
+        adversary.critic.load_state_dict(tensors["discriminator"])
+        lacking, unknown = generator.load_state_dict(tensors["generator"] | tensors["ema"], strict=False)
+    except (RuntimeError, KeyError) as error:
+        raise ModelMismatchError(f"{what} is of other networks: {str(error)[:300]}") from error
+    if unknown or not all(name.startswith("levels.") for name in lacking):
+        raise ModelMismatchError(f"{what} is of another generator: {', '.join([*unknown, *lacking][:4])} differ")
+    for name, parameter in generator.named_parameters():
+        if name in lacking and name.endswith(".gain"):  # a convolutional block's last weights are zeros already
+            torch.nn.init.zeros_(parameter)
 
 
 def gigaflops(model: torch.nn.Module, *inputs: torch.Tensor) -> float:
@@ -421,8 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(GanConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     check_size("--height", config.height)
     check_size("--width", config.width)
-    penalty_kind = config.checked_penalty()
-    finite = config.penalty_method == "finite_difference" and penalty_kind in ("r1", "r1_r2")
+    config.check()
+    settings = AdversarySettings.of(config)
     out = Path(config.output_dir)
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
@@ -458,34 +423,35 @@ def main(argv: list[str] | None = None) -> None:
         noise_dim=config.noise_dim,
         style_dim=config.style_dim,
     )
-    if vae is None:
-        view = View(torch.ones(1, 3, 1, 1, device=device), None)
-    else:
-        some = held_out.latents(list(range(min(64, len(held_out))))).to(device)
-        features = None if config.discriminator == "scratch" else build_features(config, vae, encoder, device)
-        view = View(visibility(vae, some), features)
-    critic = TextDiscriminator(
-        **shape | {"channels": view.channels},
-        widths=config.discriminator_widths,
-        blocks=config.discriminator_blocks,
+    features = None
+    if vae is not None and config.discriminator == "diffusion":
+        features = features_of(config, vae, encoder, device)
+    view = view_of(vae, held_out, features, device)
+    adversary = Adversary(
+        settings,
+        view,
+        size=(shape["height"], shape["width"]),
+        fold=shape["fold"],
         text_dim=encoder.dim,
+        accelerator=accelerator,
     )
     noise_size: int = generator.noise_size
-    measured = held_out_set(held_out, train, config, length, noise_size)
+    if config.init_from is not None:
+        start_from(config.init_from, generator, adversary)
+    measured = held_out_set(held_out, train, config, length, noise_size, adversary)
     flops = {
         "generator": gigaflops(generator, measured.noise[:1], measured.condition[:1]),
         "discriminator": gigaflops(
-            critic, torch.zeros(1, view.channels, *measured.reals.shape[2:]), measured.condition[:1]
+            adversary.critic,
+            torch.zeros(1, view.channels, *measured.reals.shape[2:], device=device),
+            measured.condition[:1].to(device),
         ),
     }
     # Channels last is what the CPU's and the tensor cores' convolutions want.
-    generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
+    generator = generator.to(device, memory_format=torch.channels_last)
     ema = Ema(generator, config.ema_decay)
-    optimizer, critic_optimizer = (
-        torch.optim.Adam(model.parameters(), lr=rate, betas=(config.adam_beta1, config.adam_beta2), fused=True)
-        for model, rate in ((generator, config.learning_rate), (critic, config.discriminator_learning_rate))
-    )
-    strength = AdaptiveStrength(config.augment_target, config.augment_images)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=config.learning_rate, betas=betas, fused=True)
     watch = CollapseWatch(
         config.collapse_diversity, config.collapse_prompt_diversity, grace_steps=config.collapse_grace_steps
     )
@@ -494,9 +460,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         first_step, tensors = restore_training(checkpoint, "generator", generator, ema, optimizer)
         try:
-            critic.load_state_dict(tensors["discriminator"])
-            load_optimizer(critic_optimizer, tensors["discriminator_optimizer"])
-            strength.load(tensors["augmentation"])
+            adversary.load(tensors)
             watch.load(tensors["watch"])
         except (RuntimeError, KeyError) as error:
             raise ModelMismatchError(
@@ -504,17 +468,19 @@ def main(argv: list[str] | None = None) -> None:
                 "with the settings in the run's config.yaml."
             ) from error
     wrapped, optimizer = accelerator.prepare(generator, optimizer)
-    wrapped_critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+    adversary.prepare()
 
     stop = StopSignal().install()
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
-        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in (("G", generator), ("D", critic))}
+        sizes = {
+            name: sum(p.numel() for p in m.parameters()) for name, m in (("G", generator), ("D", adversary.critic))
+        }
         print(
             f"generator {sizes['G'] / 1e6:.1f} M parameters, {flops['generator']:.2f} GFLOP a pass; discriminator "
             f"{sizes['D'] / 1e6:.1f} M, {flops['discriminator']:.2f}; {len(train):,} photos; {config.loss} with "
-            f"{penalty_kind}",
+            f"{settings.penalty_kind}",
             file=sys.stderr,
             flush=True,
         )
@@ -544,53 +510,14 @@ def main(argv: list[str] | None = None) -> None:
             "generator": dict(generator.state_dict()),
             "ema": ema.shadow,
             "optimizer": optimizer_tensors(optimizer.optimizer),
-            "discriminator": dict(critic.state_dict()),
-            "discriminator_optimizer": optimizer_tensors(critic_optimizer.optimizer),
-            "augmentation": strength.tensors(),
             "watch": watch.tensors(),
-        }
+        } | adversary.tensors()
         state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
         save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
 
-    def penalised(step: int) -> bool:
-        return penalty_kind != "none" and step % config.penalty_interval == 0
-
     def load_batch(step: int) -> Batch:
         positions = positions_of_step(step, config.train_batch_size, process, processes)
-        penalty_shape = (view.channels, *measured.reals.shape[2:]) if finite and penalised(step) else None
-        return make_batch(train, positions, config, length, noise_size, penalty_shape)
-
-    def looked_at(images: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What the discriminator sees of `images`."""
-        return view(images, batch.view_noise, batch.log_sigma)
-
-    def augmented(images: torch.Tensor, batch: Batch, use: int) -> torch.Tensor:
-        probability = {
-            "none": 0.0,
-            "fixed": config.augment_probability,
-            "adaptive": strength.probability,
-        }[config.augment]
-        return augment(
-            images,
-            batch.draws[:, use * DRAWS : (use + 1) * DRAWS],
-            probability,
-            shift=config.augment_shift,
-            cutout=config.augment_cutout,
-            flip=config.augment_flip,
-        )
-
-    def penalty_of(real: torch.Tensor, fake: torch.Tensor, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The gradient penalty where `scores` (2, N) are those of real and fake: exact, or by finite differences."""
-        if penalty_kind == "wgan_gp":
-            images = gan_losses.interpolate(real, fake, batch.draws[:, -1])
-            return gan_losses.unit_gradient_penalty(wrapped_critic(images, batch.condition).scores, images)
-        images = (real if penalty_kind == "r1" else torch.cat([real, fake])).detach()
-        if not finite:
-            images = images.requires_grad_()
-            return gan_losses.gradient_penalty(wrapped_critic(images, batch.condition).scores, images)
-        noisy = images + config.penalty_noise * batch.penalty_noise[: len(images)]
-        noisy_scores = wrapped_critic(noisy, batch.condition).scores
-        return gan_losses.finite_difference_penalty(scores[: len(noisy_scores)], noisy_scores, config.penalty_noise)
+        return make_batch(train, positions, step, config, length, noise_size, adversary)
 
     started, images_done = time.monotonic(), 0
     for step, batch in prefetched(range(first_step, config.max_train_steps), load_batch):
@@ -606,7 +533,6 @@ def main(argv: list[str] | None = None) -> None:
             for peak in (config.learning_rate, config.discriminator_learning_rate)
         ]
         set_learning_rate(optimizer, rates[0])
-        set_learning_rate(critic_optimizer, rates[1])
         # One drawing serves both players: the discriminator learns on it, then the generator by the new discriminator.
         # A quarter of the captions is drawn a second time, with a neighbour's noise.
         count = len(batch.images)
@@ -614,49 +540,18 @@ def main(argv: list[str] | None = None) -> None:
         noise = torch.cat([batch.noise, batch.noise.roll(1, 0)[:twice]])
         fake, again = wrapped(noise, torch.cat([batch.condition, batch.condition[:twice]])).split([count, twice])
 
-        # The discriminator: real photos, drawn ones, and real photos with another product's text.
-        with accelerator.autocast():
-            on_real = looked_at(augmented(batch.images, batch, 0), batch)
-            drawn_view = looked_at(augmented(fake, batch, 1), batch)
-        on_fake = drawn_view.detach()
-        judged: Judgement = wrapped_critic(torch.cat([on_real, on_fake]), batch.condition)
-        real_scores, fake_scores = judged.scores
-        sign = gan_losses.overfitting_sign(config.loss, real_scores, fake_scores)
-        critic_loss = gan_losses.critic_loss(
-            config.loss, real_scores, fake_scores, judged.mismatched, batch.same, config.mismatch_weight
-        )
-        contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
-        values: dict[str, float] = {"discriminator_loss": critic_loss.item(), "contrast_real": contrast.item()}
-        critic_loss = critic_loss + config.contrastive_weight * contrast
-        if penalised(step):
-            penalty = penalty_of(on_real, on_fake, judged.scores, batch)
-            values["penalty"] = penalty.item()
-            critic_loss = critic_loss + config.penalty_weight * config.penalty_interval * penalty
-        check_finite(critic_loss.item(), step, rates[1])
-        accelerator.backward(critic_loss)
-        critic_norm = accelerator.clip_grad_norm_(critic.parameters(), 10.0)
-        critic_optimizer.step()
-        critic_optimizer.zero_grad()
-
-        # The generator, by the discriminator it now meets; that one's weights need no gradients here.
-        critic.requires_grad_(False)
-        judged = wrapped_critic(drawn_view, batch.condition)
-        with torch.no_grad():  # only the relativistic loss looks at the photos
-            on_photos = wrapped_critic(on_real, batch.condition) if config.loss == "relativistic" else judged
-            real_scores = on_photos.scores[0].detach()
-        loss = gan_losses.GENERATOR_LOSSES[config.loss](real_scores, judged.scores[0]).mean()
-        contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
-        values |= {"loss": loss.item(), "contrast_fake": contrast.item()}
-        total = loss + config.contrastive_weight * contrast
+        looks = adversary.look(batch.images, fake, batch.chances)
+        values = adversary.learn(looks, batch.condition, batch.chances, step, rates[1])
+        total, more = adversary.judge(looks, batch.condition, batch.chances)
+        values |= {"loss": more["adversarial_loss"], "contrast_fake": more["contrast_fake"]}
         if twice:
             alike = gan_losses.diversity_loss(
                 *(view.weights * images for images in (fake[:twice], again, batch.images)), config.diversity_target
             )
             values["too_alike"] = alike.item()
             total = total + config.diversity_weight * alike
+        check_finite(total.item(), step, rates[0])
         accelerator.backward(total)
-        critic.requires_grad_(True)
-        check_finite(loss.item(), step, rates[0])
         norm = accelerator.clip_grad_norm_(generator.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -664,21 +559,15 @@ def main(argv: list[str] | None = None) -> None:
         images_done += count * processes
 
         done = step + 1
-        # Averaged over processes, which must go on augmenting alike.
-        sign = float(accelerator.reduce(torch.tensor(sign, device=device), "mean"))
-        strength.see(sign, count * processes)
         values |= {
-            "r_t": sign,
-            "augment_probability": strength.probability,
             "learning_rate": rates[0],
             "grad_norm": float(norm),
-            "discriminator_grad_norm": float(critic_norm),
             "images_per_second": images_done / (time.monotonic() - started),
         }
         last = done == config.max_train_steps
         if main_process and (done % config.validation_steps == 0 or last):
             with ema.applied_to(generator), accelerator.autocast():
-                variety, values["r_v"] = measure(generator, critic, view, measured)
+                variety, values["r_v"] = measure(generator, adversary, measured)
             before = watch.collapsed
             best = watch.see(done, variety)
             values |= dataclasses.asdict(variety) | {"collapsed": float(watch.collapsed)}

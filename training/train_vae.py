@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import torch
 
-from gigdiff import gan_losses, rng
+from gigdiff import rng
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
+from gigdiff.errors import GigdiffError, ModelMismatchError
+from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, view_of
 from gigdiff.fit.checkpoint import (
     find_checkpoint,
-    load_optimizer,
     optimizer_tensors,
     restore_training,
     save_checkpoint,
@@ -42,7 +42,6 @@ from gigdiff.generators.request import check_size
 from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.conditioning import blur_condition
-from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
 from gigdiff.models.vae import ConditionalVae, VaeOutput, calibrated_nll
 from gigdiff.precision import training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
@@ -89,7 +88,7 @@ class VaeConfig:
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
         lr_decay_fraction: last part of the run that decays by a cosine.
-        adam_beta2: AdamW's second moment decay.
+        adam_beta2: second moment decay, of AdamW and of the discriminator's Adam.
         adam_weight_decay: AdamW's weight decay.
         max_grad_norm: gradient clipping.
         ema_decay: decay of the averaged weights, which are what is validated and saved.
@@ -174,18 +173,18 @@ class VaeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """images (N, C, H, W), condition (N, 1 + L, D), same bool (N, N): equal texts, noise of the posterior and of the
-    prior (N, noise_size), penalty_noise (2 N, C, H, W); the last two empty where they are not needed."""
+    """images (N, C, H, W), condition (N, 1 + L, D), noise of the posterior and of the prior (N, noise_size), and the
+    discriminator's chances; the last two None without a discriminator."""
 
     images: torch.Tensor
     condition: torch.Tensor
-    same: torch.Tensor
     noise: torch.Tensor
-    prior_noise: torch.Tensor
-    penalty_noise: torch.Tensor
+    prior_noise: torch.Tensor | None
+    chances: Chances | None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+        parts = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Batch(*(None if part is None else part.to(device) for part in parts))
 
 
 def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Tensor:
@@ -194,24 +193,27 @@ def images_of(data: EncodedProducts, indices: list[int], space: str) -> torch.Te
 
 
 def make_batch(
-    data: EncodedProducts, positions: range, config: VaeConfig, length: int, noise_size: int, penalised: bool
+    data: EncodedProducts,
+    positions: range,
+    step: int,
+    config: VaeConfig,
+    length: int,
+    noise_size: int,
+    adversary: Adversary | None,
 ) -> Batch:
     """The samples at `positions` of the endless stream; each depends on (seed, position) alone."""
     indices = samples_at(positions, len(data), config.seed)
     images = images_of(data, indices, config.space)
     condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
-    same = (condition[:, None, 0] == condition[None, :, 0]).all(-1)
+    prior_noise = chances = None
+    if adversary is not None:
+        prior_noise = rng.normal((noise_size,), config.seed, "prior noise", positions)
+        chances = adversary.chances(positions, step, images.shape[1:], condition)
     if config.text_noise > 0:
         blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
         condition = blur_condition(condition, blur, config.text_noise)
-    prior_noise = penalty_noise = torch.empty(0)
-    if config.adversarial_weight > 0:
-        prior_noise = rng.normal((noise_size,), config.seed, "prior noise", positions)
-    if penalised:
-        both = [rng.normal(images.shape[1:], config.seed, f"penalty noise {i}", positions) for i in range(2)]
-        penalty_noise = torch.cat(both)
     noise = rng.normal((noise_size,), config.seed, "posterior noise", positions)
-    return Batch(images, condition, same, noise, prior_noise, penalty_noise)
+    return Batch(images, condition, noise, prior_noise, chances)
 
 
 def bound(output: VaeOutput, images: torch.Tensor, beta: float) -> torch.Tensor:
@@ -251,11 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(VaeConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     check_size("--height", config.height)
     check_size("--width", config.width)
-    if config.penalty_interval < 1 or config.train_batch_size < 2:
-        raise InputError(
-            f"--penalty_interval is {config.penalty_interval}, at least 1 is needed; --train_batch_size is "
-            f"{config.train_batch_size}, at least 2 is needed"
-        )
+    settings = AdversarySettings.of(config)
     adversarial = config.adversarial_weight > 0
     out = Path(config.output_dir)
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
@@ -287,11 +285,18 @@ def main(argv: list[str] | None = None) -> None:
     model: Any = ConditionalVae(
         **shape, widths=config.widths, blocks=config.blocks, latent_dim=config.latent_dim, text_dim=encoder.dim
     )
-    critic = TextDiscriminator(
-        **shape, widths=config.discriminator_widths, blocks=config.discriminator_blocks, text_dim=encoder.dim
-    )
+    adversary = None
+    if adversarial:
+        adversary = Adversary(
+            settings,
+            view_of(autoencoder, held_out, None, device),
+            size=(shape["height"], shape["width"]),
+            fold=shape["fold"],
+            text_dim=encoder.dim,
+            accelerator=accelerator,
+        )
     # Channels last is what the CPU's and the tensor cores' convolutions want.
-    model, critic = (m.to(device, memory_format=torch.channels_last) for m in (model, critic))
+    model = model.to(device, memory_format=torch.channels_last)
     ema = Ema(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -300,21 +305,17 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=config.adam_weight_decay,
         fused=True,
     )
-    critic_optimizer = torch.optim.Adam(
-        critic.parameters(), lr=config.discriminator_learning_rate, betas=(0.0, 0.99), fused=True
-    )
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:
         first_step, tensors = restore_training(checkpoint, "model", model, ema, optimizer)
-        if adversarial:
+        if adversary is not None:
             if "discriminator" not in tensors:
                 raise ModelMismatchError(f"{checkpoint} has no discriminator: it was made with --adversarial_weight 0")
-            critic.load_state_dict(tensors["discriminator"])
-            load_optimizer(critic_optimizer, tensors["discriminator_optimizer"])
+            adversary.load(tensors)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if adversarial:
-        wrapped_critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+    if adversary is not None:
+        adversary.prepare()
 
     stop = StopSignal().install()
     if main_process:
@@ -336,39 +337,14 @@ def main(argv: list[str] | None = None) -> None:
             "ema": ema.shadow,
             "optimizer": optimizer_tensors(optimizer.optimizer),
         }
-        if adversarial:
-            tensors["discriminator"] = dict(critic.state_dict())
-            tensors["discriminator_optimizer"] = optimizer_tensors(critic_optimizer.optimizer)
+        if adversary is not None:
+            tensors |= adversary.tensors()
         state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
         save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
 
-    def penalised(step: int) -> bool:
-        return adversarial and step % config.penalty_interval == 0
-
     def load(step: int) -> Batch:
         positions = positions_of_step(step, config.train_batch_size, process, processes)
-        return make_batch(train, positions, config, length, model.noise_size, penalised(step))
-
-    def train_critic(batch: Batch, samples: torch.Tensor, step: int) -> dict[str, float]:
-        """One step of the discriminator on photos and on samples from the prior."""
-        both = torch.cat([batch.images, samples])
-        judged: Judgement = wrapped_critic(both, batch.condition)
-        loss = gan_losses.critic_loss(
-            "relativistic", *judged.scores, judged.mismatched, batch.same, config.mismatch_weight
-        )
-        contrast = gan_losses.contrastive_loss(judged.similarity, batch.same)
-        values = {"discriminator_loss": loss.item(), "contrast_real": contrast.item()}
-        loss = loss + config.contrastive_weight * contrast
-        if penalised(step):
-            noisy = wrapped_critic(both + config.penalty_noise * batch.penalty_noise, batch.condition).scores
-            penalty = gan_losses.finite_difference_penalty(judged.scores, noisy, config.penalty_noise)
-            loss = loss + config.penalty_weight * config.penalty_interval * penalty
-            values["penalty"] = penalty.item()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(critic.parameters(), 10.0)
-        critic_optimizer.step()
-        critic_optimizer.zero_grad()
-        return values
+        return make_batch(train, positions, step, config, length, model.noise_size, adversary)
 
     started, images_done = time.monotonic(), 0
     for step, batch in prefetched(range(first_step, config.max_train_steps), load):
@@ -392,21 +368,17 @@ def main(argv: list[str] | None = None) -> None:
             "beta": beta,
             "learning_rate": rate,
         }
-        if adversarial:
+        if adversary is not None:
+            assert batch.prior_noise is not None and batch.chances is not None
             samples = wrapped(batch.prior_noise, batch.condition).mean
-            set_learning_rate(critic_optimizer, config.discriminator_learning_rate * rate / config.learning_rate)
-            values |= train_critic(batch, samples.detach(), step)
-            critic.requires_grad_(False)
-            on_samples: Judgement = wrapped_critic(samples, batch.condition)
-            with torch.no_grad():
-                on_photos: Judgement = wrapped_critic(batch.images, batch.condition)
-            fooled = gan_losses.GENERATOR_LOSSES["relativistic"](on_photos.scores[0], on_samples.scores[0]).mean()
-            fooled = fooled + config.contrastive_weight * gan_losses.contrastive_loss(on_samples.similarity, batch.same)
-            values["adversarial_loss"] = fooled.item()
+            looks = adversary.look(batch.images, samples, batch.chances)
+            critic_rate = config.discriminator_learning_rate * rate / config.learning_rate
+            values |= adversary.learn(looks, batch.condition, batch.chances, step, critic_rate)
+            fooled, more = adversary.judge(looks, batch.condition, batch.chances)
             check_finite(fooled.item(), step, rate)
+            values |= more
             loss = loss + config.adversarial_weight * fooled
         accelerator.backward(loss)
-        critic.requires_grad_(True)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gigdiff
 
@@ -67,6 +69,112 @@ def test_the_student_is_a_model_that_draws_in_its_own_number_of_steps(whole: tup
     assert alone.tobytes() == batch[1].tobytes()  # type: ignore[union-attr, index]
     one = gigdiff.generate("red handbag", model=generator, seed=3, num_inference_steps=1)
     assert one.tobytes() != alone.tobytes()  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def adversarial(
+    whole: tuple[Path, Path], tiny_model: Path, catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """(flags, run folder) of an uninterrupted run: a discriminator at the noisiest knot, guidance at the others."""
+    more = (
+        "--adversarial_weight", "1", "--adversarial_knots", "1", "--guidance_weight", "1", "--consistency_weight", "0",
+        "--discriminator_widths", "[16, 16]", "--penalty_interval", "2", "--learning_rate", "2e-3",
+    )  # fmt: skip
+    run = tmp_path_factory.mktemp("adversarial")
+    helpers.run("distill.py", *flags(tiny_model, catalogue, whole[0], run), *more)
+    return list(more), run
+
+
+def test_a_discriminator_brings_the_student_nearer_to_the_photos(adversarial: tuple[list[str], Path]) -> None:
+    measured = [line for line in helpers.logged(adversarial[1], (*KEYS, "validation_distance")) if len(line) > 4]
+    assert measured[-1]["validation_distance"] < 0.7 * measured[0]["validation_distance"]
+
+
+def test_a_killed_adversarial_run_resumes_bit_for_bit(
+    adversarial: tuple[list[str], Path], whole: tuple[Path, Path], tiny_model: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    more, run = adversarial
+    killed, keys = tmp_path / "killed", (*KEYS, "discriminator_loss", "penalty", "r_t", "validation_distance")
+    helpers.killed_and_resumed("distill.py", *flags(tiny_model, catalogue, whole[0], killed), *more, out=killed)
+    assert helpers.logged(killed, keys) == helpers.logged(run, keys)
+    parts = ("unet", "ema", "optimizer", "discriminator", "discriminator_optimizer")
+    assert helpers.same_checkpoints(run / f"checkpoint-{STEPS}", killed / f"checkpoint-{STEPS}", parts)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--adversarial_weight", "1", "--resume_from_checkpoint", "RUN/checkpoint-40"), "has no discriminator"),
+        (("--consistency_weight", "0"), "all 0"),
+        (("--adversarial_weight", "1", "--adversarial_knots", "4"), "from 1 to below --knots 4"),
+        (("--adversarial_knots", "1"), "needs --adversarial_weight above 0"),
+    ],
+    ids=["resume without one", "nothing to learn", "all knots by number", "knots for nobody"],
+)
+def test_what_a_discriminator_needs_is_said(
+    more: tuple[str, ...], message: str, whole: tuple[Path, Path], tiny_model: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    more = tuple(word.replace("RUN", str(whole[1])) for word in more)
+    done = subprocess.run(
+        helpers.command("distill.py", *flags(tiny_model, catalogue, whole[0], tmp_path / "out"), *more),
+        capture_output=True, text=True, cwd=helpers.ROOT, env=helpers.environment(),
+    )  # fmt: skip
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_student_of_guidance_draws_in_one_pass_what_its_teacher_draws_in_two(
+    tiny_model: Path, catalogue: Path, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """And in its teacher's solver, at the steps that are its knots."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_model, teacher)
+    path = teacher / "scheduler" / "scheduler_config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k in ("prediction_type", "num_train_timesteps")}
+    solver = {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"}
+    path.write_text(json.dumps(kept | solver))
+    index = json.loads((teacher / "model_index.json").read_text())
+    (teacher / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", solver["_class_name"]]}))
+    more = (
+        "--guidance_weight", "1", "--consistency_weight", "0", "--guidance_scale", "20", "--learning_rate", "5e-4",
+        "--max_train_steps", "120", "--ema_decay", "0.9",
+    )  # fmt: skip
+    helpers.run("distill.py", *flags(teacher, catalogue, whole[0], tmp_path / "run"), *more)
+    student = gigdiff.load(tmp_path / "run" / "model")
+    assert type(student.scheduler).__name__ == "DPMSolverMultistepScheduler"  # type: ignore[attr-defined]
+
+    image = gigdiff.generate("red handbag", model=student, seed=5, num_inference_steps=4, upscale=False)
+    assert image.info["guidance_scale"] == "1"  # type: ignore[union-attr]
+    # On held-out photos: how far its velocity is from the guided teacher's.
+    measured = [line["validation_loss"] for line in helpers.logged(tmp_path / "run", KEYS) if "validation_loss" in line]
+    assert measured[-1] < 0.9 * measured[0]
+
+
+def test_the_guidance_loss_is_the_squared_error_of_velocities(tiny_model: Path) -> None:
+    """Against the plain formulas: v = u + w (c - u), mean over everything."""
+    spec = importlib.util.spec_from_file_location("distill", helpers.ROOT / "training" / "distill.py")
+    assert spec and spec.loader
+    distill = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = distill  # dataclasses look their module up
+    spec.loader.exec_module(distill)
+    from gigdiff.consistency import knot_timesteps
+
+    generator = gigdiff.load(tiny_model)
+    unet, alphas = generator.unet.float(), generator.scheduler.alphas_cumprod  # type: ignore[attr-defined]
+    timesteps = knot_timesteps(4)
+    table = (0.5 * ((1 - alphas.double()) / alphas.double()).log()).float()
+    torch.manual_seed(0)
+    empty, condition = torch.randn(1, 33, 384), torch.randn(3, 33, 384)
+    latents, noise, made_v = torch.randn(3, 3, 4, 10, 8)
+    batch = distill.Batch(latents, condition, noise, torch.tensor([1, 3, 4]))
+    task = distill.Distillation(unet, empty, 3.0, timesteps, table)
+    with torch.no_grad():
+        z = task.noisy(batch)
+        a = alphas[timesteps[batch.knot]].view(3, 1, 1, 1)
+        assert torch.allclose(z, a.sqrt() * latents + (1 - a).sqrt() * noise, atol=1e-5)
+        u, c = (unet(z, timesteps[batch.knot], x, return_dict=False)[0] for x in (empty.expand(3, -1, -1), condition))
+        made = a.sqrt() * z - (1 - a).sqrt() * made_v
+        expected = (made_v - (u + 3.0 * (c - u))).square().mean((1, 2, 3))
+        assert torch.allclose(task.guidance_loss(made, z, batch), expected, rtol=1e-3)
 
 
 def test_a_teacher_of_another_kind_is_refused(tiny_model: Path, catalogue: Path, tmp_path: Path) -> None:

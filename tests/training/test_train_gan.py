@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import gigdiff
-from gigdiff.errors import GigdiffError, ModelMismatchError
+from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.models.autoencoder import ProductAutoencoder
 
 # Helpers beside this file; with pytest's importlib mode, conftest is no importable module.
@@ -251,45 +251,80 @@ def test_bad_flags_say_what_is_wrong_in_one_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_run_starts_from_a_smaller_generator_of_another(
+    main: Callable[..., None], catalogue: Path, autoencoder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """A block more draws what was drawn before; what else differs is refused."""
+    from gigdiff.models.gan import StyleGenerator
+
+    small, large = tmp_path / "small", tmp_path / "large"
+    main("train_gan.py", *flags(catalogue, autoencoder, cache, small, 5), *GAN)
+    script, shape = sys.modules["train_gan"], (4, 10, 8, 1, (16, 8))
+    before, after = (StyleGenerator(*shape, blocks, noise_dim=8, style_dim=16) for blocks in ((1, 1), (1, 2)))
+    before.load_state_dict(before.state_dict() | load_file(small / "checkpoint-5" / "ema.safetensors"))
+
+    class Critic:
+        critic = torch.nn.Linear(1, 1)
+
+    with pytest.raises(ModelMismatchError, match="of other networks"):
+        script.start_from(str(small), after, Critic())
+    more = ("--init_from", str(small), "--generator_blocks", "[1, 2]", "--learning_rate", "0")
+    main("train_gan.py", *flags(catalogue, autoencoder, cache, large, 5), *GAN, *more)
+    after.load_state_dict(after.state_dict() | load_file(large / "checkpoint-5" / "ema.safetensors"))
+    noise, condition = torch.randn(2, after.noise_size), torch.randn(2, 5, 384)
+    with torch.no_grad():
+        assert torch.equal(after(noise, condition), before(noise[:, : before.noise_size], condition))
+    kept, start = (load_file(run / "checkpoint-5" / "discriminator.safetensors") for run in (large, small))
+    assert not torch.equal(kept["embed.weight"], start["embed.weight"]), "the discriminator went on learning"
+    with pytest.raises(ModelMismatchError, match="--init_from"):
+        wider = ("--init_from", str(small), "--generator_widths", "[24, 8]")
+        main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path / "wider", 5), *GAN, *wider)
+    with pytest.raises(InputError, match="no checkpoint there"):
+        script.start_from(str(tmp_path / "nowhere"), after, Critic())
+
+
 def test_both_players_learn_what_texts_mean() -> None:
-    """Four kinds of coloured noise, each with its own text, and 200 steps of the script's losses at toy size.
+    """Four kinds of coloured noise, each with its own text, and 200 steps of the scripts' adversary at toy size.
 
     Afterwards a swapped text or image lowers the discriminator's score, and what is drawn is nearest to its text's
     kind.
     """
-    from gigdiff import gan_losses
+    from accelerate import Accelerator
+
+    from gigdiff.fit.adversary import Adversary, AdversarySettings, View
     from gigdiff.models.gan import StyleGenerator
-    from gigdiff.models.text_discriminator import TextDiscriminator
 
     torch.manual_seed(0)
     texts, kinds = torch.randn(4, 5, 12), torch.randn(4, 4, 1, 1)
     generator = StyleGenerator(4, 4, 4, 1, (16, 16), (1, 1), 12, 8, 16)
-    net = TextDiscriminator(4, 4, 4, 1, (16, 16), (1, 1), 12, 16)
-    players = [torch.optim.Adam(m.parameters(), 2e-3, betas=(0.0, 0.99)) for m in (generator, net)]
+    settings = AdversarySettings(
+        seed=0, discriminator_widths=(16, 16), discriminator_blocks=(1, 1), discriminator_learning_rate=2e-3,
+        penalty_weight=0.1, penalty_interval=4, penalty_noise=0.2, mismatch_weight=0.5, contrastive_weight=0.25,
+        penalty_method="exact",
+    )  # fmt: skip
+    view, accelerator = View(torch.ones(1, 4, 1, 1), None), Accelerator(cpu=True)
+    adversary = Adversary(settings, view, size=(4, 4), fold=1, text_dim=12, accelerator=accelerator)
+    adversary.prepare()
+    optimizer, net = torch.optim.Adam(generator.parameters(), 2e-3, betas=(0.0, 0.99)), adversary.critic
 
     def photos(which: torch.Tensor) -> torch.Tensor:
         return kinds[which] + 0.3 * torch.randn(len(which), 4, 4, 4)
 
     for step in range(200):
         which = torch.randint(0, 4, (16,))
-        same, condition = which[:, None] == which[None], texts[which]
-        reals, fakes = photos(which), generator(torch.randn(16, generator.noise_size), condition)
-        both = torch.cat([reals, fakes.detach()]).requires_grad_()
-        judged = net(both, condition)
-        loss = gan_losses.critic_loss("relativistic", *judged.scores, judged.mismatched, same, 0.5)
-        loss = loss + 0.25 * gan_losses.contrastive_loss(judged.similarity, same)
-        if step % 4 == 0:
-            loss = loss + 4 * 0.1 * gan_losses.gradient_penalty(judged.scores, both)
-        players[1].zero_grad()
+        condition = texts[which]
+        fakes = generator(torch.randn(16, generator.noise_size), condition)
+        chances = adversary.chances(range(16 * step, 16 * (step + 1)), step, (4, 4, 4), condition)
+        assert torch.equal(chances.same, which[:, None] == which[None])
+        looks = adversary.look(photos(which), fakes, chances)
+        values = adversary.learn(looks, condition, chances, step, 2e-3)
+        assert ("penalty" in values) == (step % 4 == 0)
+        loss, _ = adversary.judge(looks, condition, chances)
+        optimizer.zero_grad()
+        before = [p.grad for p in net.parameters()]
         loss.backward()
-        players[1].step()
-        judged = net(fakes, condition)
-        with torch.no_grad():
-            against = net(reals, condition).scores[0]
-        loss = gan_losses.GENERATOR_LOSSES["relativistic"](against, judged.scores[0]).mean()
-        players[0].zero_grad()
-        (loss + 0.25 * gan_losses.contrastive_loss(judged.similarity, same)).backward()
-        players[0].step()
+        assert all(p.grad is grad for p, grad in zip(net.parameters(), before, strict=True)), "it only judges"
+        optimizer.step()
 
     which, other = torch.arange(4).repeat(8), (torch.arange(4).repeat(8) + 1) % 4
     with torch.no_grad():
