@@ -21,7 +21,7 @@ class Preset:
 PRESETS = {
     "best": Preset("mini", 25),
     "balanced": Preset("mini", 15),
-    "fast": Preset("mini", 6),
+    "fast": Preset("mini-turbo", 4),
 }
 
 

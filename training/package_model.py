@@ -106,7 +106,7 @@ def model_card(
         defaults += (
             f"; {teacher}'s guidance of\n  {card['baked_guidance']:g} is baked in, and negative prompts do nothing"
         )
-        what = f"from a description\nin 1, 2 or 4 steps, distilled from `{teacher}`"
+        what = f"from a description\nin {config.num_inference_steps} steps, distilled from `{teacher}`"
     decoder = "`vae/`: gigdiff's ProductAutoencoder"
     stock = "from_pretrained(folder, text_encoder=None, tokenizer=None)"
     if config.shared_vae is not None:

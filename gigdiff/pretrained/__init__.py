@@ -31,6 +31,7 @@ __all__ = ["EMBEDDED", "UPSCALERS", "card", "folder_of", "size_on_disk"]
 #: name -> what it is, in a line
 EMBEDDED: dict[str, str] = {
     "mini": "latent diffusion, 80 x 64 (height x width)",
+    "mini-turbo": "mini in 4 steps without guidance passes",
 }
 
 
