@@ -3,13 +3,18 @@
     python benchmarks/lora_vs_diffusers.py --peer train_text_to_image_lora.py --output runs/lora_vs_diffusers.json
 
 The peer's script is fetched from github.com/huggingface/diffusers (examples/text_to_image); it is not part of this
-project. Both get the same model, photos, captions, size, batch, steps, rank, learning rate and precision, in their own
-process, one after the other. A run of `--short` and one of `--long` steps; their difference leaves out start-up,
-encoding, previews and saving: images a second after caching. Peak memory is the process's (ru_maxrss) over the first
-long run, in which ours fills the cache. The held-out loss of both LoRA files is measured by one function here.
+project. Both get the same model, photos, captions, size, batch, steps, rank and learning rate, each in a process of its
+own. Three comparisons: each script's own default precision (the peer's is float32, ours the one that the device
+computes in), both in float32, both in bfloat16.
 
-The model has Stable Diffusion's layout at about a tenth of its widths, random weights, and photos of 128 x 128. Where
-torchvision isn't installed, the peer is lent a stand-in of its five transforms, written with Pillow and torch.
+Every way first runs `--long` steps, which warms caches and in which ours fills its cache; the peak memory is that
+process's (ru_maxrss), and the held-out loss of its LoRA is measured by one function here. Then, `--rounds` times, one
+way after the other runs `--short` and `--long` steps; the difference of a pair leaves out start-up, encoding, previews
+and saving: images a second after caching, of which the median and the range are reported.
+
+The model has Stable Diffusion's layout at about a tenth of its widths, random weights. `--resolution` is by default
+Stable Diffusion's own 512 (photos are enlarged), where encoding weighs against a step what it does at full widths.
+Where torchvision isn't installed, the peer is lent a stand-in of its five transforms, written with Pillow and torch.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -187,7 +193,7 @@ def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argpa
     return total / count
 
 
-def run_config(model: Path, photos: Path, out: Path, arguments: argparse.Namespace) -> Any:
+def run_config(model: Path, photos: Path, out: Path, arguments: argparse.Namespace, precision: str = "no") -> Any:
     from gigdiff.fit.lora_config import LoraConfig
 
     return LoraConfig(
@@ -197,6 +203,7 @@ def run_config(model: Path, photos: Path, out: Path, arguments: argparse.Namespa
         train_batch_size=arguments.train_batch_size, learning_rate=arguments.learning_rate, lr_warmup_steps=0,
         lr_decay_fraction=0.0, adam_beta2=0.999, checkpointing_steps=10**6, validation_steps=10**6,
         validation_prompts=("red bag",), num_validation_images=1, num_inference_steps=1, seed=arguments.seed,
+        mixed_precision=precision,
     )  # fmt: skip
 
 
@@ -204,10 +211,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True, help="diffusers' train_text_to_image_lora.py")
     parser.add_argument("--photos", default=str(ROOT / "examples" / "catalogue" / "train"))
-    parser.add_argument("--short", type=int, default=20)
-    parser.add_argument("--long", type=int, default=120)
+    parser.add_argument("--short", type=int, default=4)
+    parser.add_argument("--long", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train_batch_size", type=int, default=4)
-    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -229,46 +237,67 @@ def main() -> None:
         (work / "lent" / "torchvision" / "transforms.py").write_text(STAND_IN)
         launch = ["-c", LAUNCH, str(work / "lent"), str(peer)]
 
-    def peer_words(steps: int) -> list[str]:
+    def peer_words(steps: int, precision: str) -> list[str]:
         flags = {
             "pretrained_model_name_or_path": model, "train_data_dir": train, "caption_column": "text",
             "resolution": arguments.resolution, "train_batch_size": arguments.train_batch_size,
             "max_train_steps": steps, "learning_rate": arguments.learning_rate, "lr_scheduler": "constant",
-            "lr_warmup_steps": 0, "rank": arguments.rank, "seed": arguments.seed, "mixed_precision": "no",
-            "checkpointing_steps": 10**6, "output_dir": work / f"peer-{steps}", "cache_dir": work / "peer-cache",
+            "lr_warmup_steps": 0, "rank": arguments.rank, "seed": arguments.seed, "mixed_precision": precision,
+            "checkpointing_steps": 10**6, "output_dir": work / f"peer-{precision}-{steps}",
+            "cache_dir": work / "peer-cache",
         }  # fmt: skip
         pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [sys.executable, *launch, *pairs, "--center_crop"]
 
-    def our_words(steps: int) -> list[str]:
-        config = dataclasses.replace(run_config(model, train, work / f"ours-{steps}", arguments), max_train_steps=steps)
-        file = work / f"ours-{steps}.yaml"
+    def our_words(steps: int, precision: str) -> list[str]:
+        out = work / f"ours-{precision}-{steps}"
+        config = dataclasses.replace(run_config(model, train, out, arguments, precision), max_train_steps=steps)
+        file = out.with_suffix(".yaml")
         file.write_text(as_yaml(config))
         return [sys.executable, str(ROOT / "training" / "finetune_lora.py"), "--config", str(file)]
 
-    results: dict[str, dict[str, float]] = {}
-    for name, words in (("ours", our_words), ("peer", peer_words)):
-        runs = {}
-        for steps in (arguments.long, arguments.short, arguments.long):  # the first warms caches, ours and the system's
-            seconds, memory = timed(words(steps), environment)
-            print(f"{name}: {steps} steps in {seconds:.1f} s, {memory:.0f} MB", file=sys.stderr, flush=True)
-            first = runs.get("first", memory)
-            runs |= {str(steps): seconds, "first": first}
-        per_step = (runs[str(arguments.long)] - runs[str(arguments.short)]) / (arguments.long - arguments.short)
-        results[name] = {
-            "images_per_second": arguments.train_batch_size / per_step,
-            "peak_memory_mb": runs["first"],
-            "held_out_loss": held_out_loss(model, work / f"{name}-{arguments.long}", held, arguments),
+    words = {"ours": our_words, "peer": peer_words}
+    ways = [("ours", "auto"), ("ours", "no"), ("ours", "bf16"), ("peer", "no"), ("peer", "bf16")]
+    memory, rates = {}, {way: [] for way in ways}  # type: ignore[var-annotated]
+
+    def seconds_of(way: tuple[str, str], steps: int) -> tuple[float, float]:
+        seconds, peak = timed(words[way[0]](steps, way[1]), environment)
+        print(f"{way[0]} {way[1]}: {steps} steps in {seconds:.1f} s, {peak:.0f} MB", file=sys.stderr, flush=True)
+        return seconds, peak
+
+    for way in ways:
+        memory[way] = seconds_of(way, arguments.long)[1]
+    for _ in range(arguments.rounds):
+        for way in ways:
+            short, long = (seconds_of(way, steps)[0] for steps in (arguments.short, arguments.long))
+            rates[way].append(arguments.train_batch_size * (arguments.long - arguments.short) / (long - short))
+    results = {
+        f"{name} {precision}": {
+            "images_per_second": statistics.median(rates[name, precision]),
+            "range": [min(rates[name, precision]), max(rates[name, precision])],
+            "peak_memory_mb": memory[name, precision],
+            "held_out_loss": held_out_loss(model, work / f"{name}-{precision}-{arguments.long}", held, arguments),
         }
-    ours, theirs = results["ours"], results["peer"]
+        for name, precision in ways
+    }
+    ratios = {}
+    for what, ours, theirs in (
+        ("defaults", ("ours", "auto"), ("peer", "no")),
+        ("float32", ("ours", "no"), ("peer", "no")),
+        ("bfloat16", ("ours", "bf16"), ("peer", "bf16")),
+    ):
+        each = [a / b for a, b in zip(rates[ours], rates[theirs], strict=True)]
+        ratios[what] = {
+            "speed": statistics.median(each), "speed_range": [min(each), max(each)],
+            "memory": memory[ours] / memory[theirs],
+        }  # fmt: skip
     import diffusers
     import torch
 
     report = {
         **results,
         "held_out_loss_of_the_base": held_out_loss(model, None, held, arguments),
-        "speed_ratio": ours["images_per_second"] / theirs["images_per_second"],
-        "memory_ratio": ours["peak_memory_mb"] / theirs["peak_memory_mb"],
+        "ratios": ratios,
         "settings": {k: v for k, v in vars(arguments).items() if k != "output"},
         "peer_sha256": hashlib.sha256(peer.read_bytes()).hexdigest(),
         "versions": {

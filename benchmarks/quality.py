@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="validation products, a fixed choice (default: 1000)")
     parser.add_argument("--num_inference_steps", type=int, help="default: the model's")
     parser.add_argument("--guidance_scale", type=float, help="default: the model's")
+    parser.add_argument("--backend", default="torch", help="torch or openvino, as gigdiff.load's")
+    parser.add_argument("--dtype", help="as gigdiff.load's")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="of the images; the choice of products stays")
     parser.add_argument("--data_dir", type=Path, default=default_data_dir())
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not args.model.startswith("control:"):
         import gigdiff
 
-        generator: ImageGenerator = gigdiff.load(args.model)
+        generator: ImageGenerator = gigdiff.load(args.model, dtype=args.dtype, backend=args.backend)
     train = load_products(args.data_dir, split="train")
     log(f"features of real photos (kept in {args.cache_dir})")
     reference = make_reference(

@@ -3,7 +3,8 @@
     python benchmarks/speed.py                                       # every part, into runs/speed
     python benchmarks/speed.py --parts inference student --repeats 15
 
-    inference   gigdiff's generator against diffusers' StableDiffusionPipeline: same weights, steps, guidance, seeds
+    inference   gigdiff's generator against diffusers' StableDiffusionPipeline: same weights, steps, guidance, seeds;
+                drawn by torch and, where it is installed, by OpenVINO in bfloat16 (or float32) and in int8
     student     the few-step student at 4, 2 and 1 steps against 25-step guided stock sampling, prompt to pixels
     cold        `gigdiff generate` to a PNG on disk against `python -c "import torch, diffusers, transformers"`
     training    training/train_diffusion.py's loop against that of diffusers' train_text_to_image.py, same UNet
@@ -44,13 +45,21 @@ from gigdiff.speed import load_average
 
 BASELINE = "import torch, diffusers, transformers"
 Rows = list[dict[str, Any]]
-STOCK, STOCK_BF16, OURS = "stock, fp32", "stock, bf16 autocast", "gigdiff"
+STOCK, STOCK_BF16 = "stock, fp32", "stock, bf16 autocast"
+#: gigdiff's ways to draw -> what gigdiff.load is told.
+OURS: dict[str, dict[str, str]] = {
+    "gigdiff": {},
+    "gigdiff, OpenVINO": {"backend": "openvino"},
+    "gigdiff, OpenVINO int8": {"backend": "openvino", "dtype": "int8"},
+}
 #: (part, way, against, batch) -> the ratio that is wanted (issue 6).
 GOALS = {
-    ("inference", OURS, STOCK, 1): 2.0, ("inference", OURS, STOCK, 16): 2.5,
-    ("inference", OURS, STOCK_BF16, 1): 1.3, ("inference", OURS, STOCK_BF16, 16): 1.3,
-    ("student", "student, 4 steps", "stock, 25 steps", 1): 15.0,
-    ("student", "student, 1 step", "stock, 25 steps", 1): 35.0,
+    **{("inference", ours, STOCK, batch): goal for ours in OURS for batch, goal in ((1, 2.0), (16, 2.5))},
+    **{("inference", ours, STOCK_BF16, batch): 1.3 for ours in OURS for batch in (1, 16)},
+    **{
+        ("student", f"student, {steps}, {ours}", "stock, 25 steps", 1): goal
+        for ours in OURS for steps, goal in (("4 steps", 15.0), ("1 step", 35.0))
+    },
     ("training", "gigdiff's loop", "diffusers' loop, fp32", None): 3.0,
     ("training", "gigdiff's loop", "diffusers' loop, bf16", None): 1.5,
 }  # fmt: skip
@@ -60,7 +69,11 @@ def builders(part: str, args: argparse.Namespace, batch: int) -> dict[str, ways.
     """The ways of a part by name, not yet built."""
     if part == "student":
         few = {
-            f"student, {n} step{'s' * (n > 1)}": functools.partial(ways.ours, args, batch, steps=n, model=args.student)
+            f"student, {n} step{'s' * (n > 1)}, {ours}": functools.partial(
+                ways.ours, args, batch, steps=n, model=args.student, **how
+            )
+            for ours, how in OURS.items()
+            if ours in args.ours
             for n in (4, 2, 1)
         }
         return {"stock, 25 steps": functools.partial(ways.stock, args, batch, steps=25), **few}
@@ -74,7 +87,11 @@ def builders(part: str, args: argparse.Namespace, batch: int) -> dict[str, ways.
     return {
         STOCK: functools.partial(ways.stock, args, batch, steps=steps),
         STOCK_BF16: functools.partial(ways.stock, args, batch, steps=steps, bf16=True),
-        OURS: functools.partial(ways.ours, args, batch, steps=steps, guidance_scale=args.guidance_scale),
+        **{
+            ours: functools.partial(ways.ours, args, batch, steps=steps, guidance_scale=args.guidance_scale, **how)
+            for ours, how in OURS.items()
+            if ours in args.ours
+        },
     }
 
 
@@ -111,13 +128,13 @@ def inference(args: argparse.Namespace) -> Rows:
     rows: Rows = []
     for batch in args.batch_sizes:
         found, built = against("inference", args, batch, (STOCK, STOCK_BF16))
-        likeness = psnr(built[OURS](), built[STOCK]())
-        # Always to stock's float32 pixels, whatever the speed is held against.
-        shown = {"psnr_db": likeness["all"], "psnr_worst_db": likeness["worst"]}
-        shown = {
-            key: "identical" if value == float("inf") else value for key, value in shown.items()
-        }  # JSON has no inf
-        rows += [row | shown for row in found]
+        for row in found:
+            if row["way"] in built and STOCK in built:
+                # Always to stock's float32 pixels, whatever the speed is held against; JSON has no infinity.
+                likeness = psnr(built[row["way"]](), built[STOCK]())
+                shown = {"psnr_db": likeness["all"], "psnr_worst_db": likeness["worst"]}
+                row |= {key: "identical" if value == float("inf") else value for key, value in shown.items()}
+        rows += found
     return rows
 
 
@@ -230,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="mini", help="embedded name or gigdiff diffusion folder")
     parser.add_argument("--student", default="mini-turbo", help="the few-step student, likewise")
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="which of gigdiff's ways to draw")
     parser.add_argument("--repeats", type=int, default=9, help="rounds after the warm-up")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16], help="of inference and student")
     parser.add_argument("--steps", type=int, help="of inference and scaling; default: the model's")

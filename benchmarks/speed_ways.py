@@ -91,14 +91,21 @@ def stock(args: Namespace, batch: int, *, steps: int, bf16: bool = False) -> Way
 
 
 def ours(
-    args: Namespace, batch: int, *, steps: int, model: str | None = None, guidance_scale: float | None = None
+    args: Namespace,
+    batch: int,
+    *,
+    steps: int,
+    model: str | None = None,
+    guidance_scale: float | None = None,
+    backend: str = "torch",
+    dtype: str | None = None,
 ) -> Way:
-    """gigdiff's generator with its own choice of precision, layout and attention.
+    """gigdiff's generator with its own choice of precision, layout and attention, or drawn by another backend.
 
     A round: `generate` with the same prompts, seeds, steps and guidance: text encoder, sampling, decoding, uint8.
     """
     try:
-        generator = gigdiff.load(model or args.model, device=args.device)
+        generator = gigdiff.load(model or args.model, device=args.device, dtype=dtype, backend=backend)
     except GigdiffError as error:
         raise NotHere(f"not available: {' '.join(str(error).split())}") from error
     prompts, seeds = asked(batch)

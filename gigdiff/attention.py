@@ -28,10 +28,8 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import platform
 import statistics
-import sys
 import time
 import uuid
 import warnings
@@ -40,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gigdiff.cache import cache_folder
 from gigdiff.errors import InputError, MissingDependencyError, nearest
 
 if TYPE_CHECKING:
@@ -312,20 +311,8 @@ def _wait(device: torch.device) -> None:
 
 
 def cache_file() -> Path:
-    """Where measured choices are kept: attention.json in $GIGDIFF_CACHE_DIR, or in the platform's cache folder."""
-    named = os.environ.get("GIGDIFF_CACHE_DIR")
-    if named:
-        return Path(named).expanduser() / "attention.json"
-    if sys.platform == "darwin":
-        base = Path("~/Library/Caches")
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    try:
-        return base.expanduser() / "gigdiff" / "attention.json"
-    except RuntimeError:  # no home folder: nothing will be found or written there
-        return base / "gigdiff" / "attention.json"
+    """Where measured choices are kept: attention.json in `gigdiff.cache.cache_folder`."""
+    return cache_folder() / "attention.json"
 
 
 def _key(work: Workload, candidates: list[str]) -> str:

@@ -93,6 +93,10 @@ def cli() -> None:
 @click.option("--block-names", is_flag=True, help="Refuse prompts that name a known brand or celebrity.")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
 @click.option(
+    "--dtype", help="float32, bfloat16 or float16; int8 with --backend openvino. [default: what suits the device]"
+)
+@click.option("--backend", default="torch", show_default=True, help="torch, or openvino: faster on a CPU.")
+@click.option(
     "--offload",
     type=click.Choice(["model", "sequential"]),
     help="Keep parts of a pipeline off the GPU until they are used (CUDA).",
@@ -135,6 +139,8 @@ def _generate(
     steps: int | None,
     batch_size: int | None,
     device: str | None,
+    dtype: str | None,
+    backend: str,
     offload: str | None,
     vae_tiling: bool,
     vae_slicing: bool,
@@ -176,10 +182,12 @@ def _generate(
     if not quiet:
         click.echo(f"gigdiff: loading {model}", err=True)
     generator: Any = model
-    if offload or vae_tiling or vae_slicing:
+    if offload or vae_tiling or vae_slicing or dtype or backend != "torch":
         from gigdiff.api import load
 
-        generator = load(model, device, offload=offload, vae_tiling=vae_tiling, vae_slicing=vae_slicing)
+        generator = load(
+            model, device, dtype, backend=backend, offload=offload, vae_tiling=vae_tiling, vae_slicing=vae_slicing
+        )
         device = None  # it is the loaded model's
     drawn: list[Any] = []
     results = []

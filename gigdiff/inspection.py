@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gigdiff import xmp
 from gigdiff.errors import GigdiffError, InputError, MissingDependencyError, ModelMismatchError
@@ -98,11 +98,15 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Ima
         scheduler=fields.get("scheduler"),
     )
     upscale = fields.get("upscaler", False)
+    model: Any = fields["model"]
+    if "backend" in fields:
+        backend, _, precision = fields["backend"].partition(" ")
+        model, device = api.load(model, device, precision, backend=backend), None
     result = api.join_results(
         list(
             api.iter_results(
                 request,
-                model=fields["model"],
+                model=model,
                 device=device,
                 upscale=upscale,
                 fidelity=float(fields["fidelity"]) if "fidelity" in fields else None,

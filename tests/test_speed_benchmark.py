@@ -84,13 +84,15 @@ def test_the_table_has_only_the_columns_that_are_used() -> None:
 def test_inference_and_student_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     words = ["--parts", "inference", "student", "--model", str(tiny_model), "--student", str(tmp_path / "mini-turbo")]
     words += ["--steps", "2", "--repeats", "1", "--batch_sizes", "2", "--no_memory", "--output", str(tmp_path)]
+    words += ["--ours", "gigdiff", "gigdiff, OpenVINO"]
     assert speed.main(words) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
-    against = {row["against"]: row for row in result["inference"]["rows"]}
-    row = against["stock, fp32"]
-    assert row["way"] == "gigdiff" and row["ratio"]["ratio"] > 0 and row["batch"] == 2
-    assert row["psnr_db"] == "identical" or row["psnr_db"] > 30
-    bf16 = against["stock, bf16 autocast"]
+    rows = {(row["way"], row["against"]): row for row in result["inference"]["rows"]}
+    for way in ("gigdiff", "gigdiff, OpenVINO"):
+        row = rows[way, "stock, fp32"]
+        assert row["ratio"]["ratio"] > 0 and row["batch"] == 2
+        assert row["psnr_db"] == "identical" or row["psnr_db"] > 30
+    bf16 = rows["gigdiff", "stock, bf16 autocast"]
     assert "ratio" in bf16 or "bfloat16" in bf16["status"]
     assert all(row["status"].startswith("not available") for row in result["student"]["rows"])
     text = (tmp_path / "speed.md").read_text()

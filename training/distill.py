@@ -28,7 +28,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ from gigdiff import rng
 from gigdiff.attention import set_attention
 from gigdiff.consistency import consistency_target, huber, knot_timesteps, solver_step
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity, guided, log_sigmas, timesteps_of
+from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity, log_sigmas
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, view_of
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
@@ -51,6 +50,7 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
+from gigdiff.fit.teacher import Teacher, velocity_of
 from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
 from gigdiff.generators.loading import load
 from gigdiff.generators.shared_vae import latent_space_of
@@ -212,34 +212,17 @@ class Distillation:
     """The teacher and what is asked of the student.
 
     Args:
-        teacher: its UNet, frozen. empty: the empty prompt's condition (1, 1 + L, D), for guidance.
-        levels: log sigma (knots + 1,) and timesteps: of the knots. table: `log_sigmas` of the schedule.
+        teacher: whom it learns from. timesteps: of the knots (knots + 1,). levels: log sigma there.
     """
 
-    def __init__(
-        self, teacher: Any, empty: torch.Tensor, guidance_scale: float, timesteps: torch.Tensor, table: torch.Tensor
-    ) -> None:
-        self.teacher, self.empty, self.scale = teacher, empty, guidance_scale
-        self.timesteps, self.table = timesteps, table
-        self.levels = table[timesteps]
+    def __init__(self, teacher: Teacher, timesteps: torch.Tensor) -> None:
+        self.teacher, self.timesteps = teacher, timesteps
+        self.levels = teacher.table[timesteps]
 
     def clean(self, student: Any, z: torch.Tensor, knot: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The student's f: noisy latents at their knots -> clean ones (N, C, h, w), float32."""
-        v = _velocity(student, z, self.timesteps[knot], condition)
+        v = velocity_of(student, z, self.timesteps[knot], condition)
         return clean_from_velocity(z, v, self.levels[knot])
-
-    def guided_clean(self, condition: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The guided teacher's estimate of the clean latents, for `solver_step`."""
-        both = torch.cat([self.empty.expand_as(condition), condition])
-
-        def estimate(z: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-            t = timesteps_of(log_sigma, self.table)
-            if self.scale == 1.0:
-                return clean_from_velocity(z, _velocity(self.teacher, z, t, condition), log_sigma)
-            unconditional, conditional = _velocity(self.teacher, z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-            return clean_from_velocity(z, guided(unconditional, conditional, self.scale), log_sigma)
-
-        return estimate
 
     def noisy(self, batch: Batch) -> torch.Tensor:
         """The batch's photos at their knots, (N, C, h, w)."""
@@ -249,7 +232,7 @@ class Distillation:
         """(N,): squared error of `made`, the student's clean ends from `z`, to the guided teacher's, as velocities."""
         here = self.levels[batch.knot]
         with torch.no_grad():
-            end = self.guided_clean(batch.condition)(z, here)
+            end = self.teacher.clean(batch.condition)(z, here)
         # x = alpha z - beta v, so errors of v are those of x over beta.
         return ((made - end) / alpha_beta(here, z)[1]).square().flatten(1).mean(1)
 
@@ -260,7 +243,7 @@ class Distillation:
         """
         target = consistency_target(
             lambda z, knot: self.clean(target_of, z, knot, batch.condition),
-            self.guided_clean(batch.condition),
+            self.teacher.clean(batch.condition),
             z,
             batch.knot,
             self.levels,
@@ -272,13 +255,8 @@ class Distillation:
         z = noise
         for knot in range(len(self.levels) - 1, 0, -1):
             here, there = (self.levels[k].expand(len(z)) for k in (knot, knot - 1))
-            z = solver_step(self.guided_clean(condition), z, here, there)
+            z = solver_step(self.teacher.clean(condition), z, here, there)
         return z * (1 + (2 * self.levels[0]).exp()).sqrt()
-
-
-def _velocity(unet: Any, z: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    z = z.contiguous(memory_format=torch.channels_last)
-    return unet(z, t, encoder_hidden_states=condition, return_dict=False)[0].float()
 
 
 def build_scheduler(teacher: Any, knots: int) -> LCMScheduler:
@@ -336,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = drawing.scheduler if config.guidance_weight > 0 else jumping
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
     table = log_sigmas(jumping.alphas_cumprod).to(device)
-    task = Distillation(teacher, train.conditions([None], length).to(device), scale, timesteps, table)
+    task = Distillation(Teacher(teacher, train.conditions([None], length).to(device), scale, table), timesteps)
     ema = Ema(student, config.ema_decay)
     optimizer = torch.optim.AdamW(
         student.parameters(),

@@ -22,7 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
+from gigdiff.attention import set_attention
 from gigdiff.data.encoded import EncodedProducts
+from gigdiff.diffusion import log_sigmas
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, view_of
 from gigdiff.fit.checkpoint import (
@@ -40,6 +42,7 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
+from gigdiff.fit.teacher import Teacher
 from gigdiff.generators.diffusion import DiffusionGenerator
 from gigdiff.generators.loading import load
 from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
@@ -47,9 +50,8 @@ from gigdiff.generators.request import check_size
 from gigdiff.generators.shared_vae import latent_space_of, same_encoder
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.conditioning import blur_condition
-from gigdiff.models.diffusion_features import DiffusionFeatures
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
-from gigdiff.precision import training_precision
+from gigdiff.precision import autocast_dtype, training_precision
 from gigdiff.text import TextEncoder, load_text_encoder
 
 GENERATORS: dict[str, Any] = {"style": StyleGenerator, "conv": ConvGenerator}
@@ -98,6 +100,12 @@ class GanConfig:
         contrastive_weight: weight of finding each image's text among the batch's; 0 is off.
         diversity_weight: weight on two drawings of a caption being too alike; 0 is off.
         diversity_target: how far apart they should lie, as a share of two photos' distance.
+        distillation_weight: weight of how far a diffusion model would move what is drawn (adversarial diffusion
+            distillation), on a quarter of the batch; 0 is off, and the GAN a plain one.
+        distillation_model: that model's folder or embedded name; it must draw the same latents.
+        distillation_guidance_scale: its guidance; default the model's own.
+        distillation_log_sigma_mean: mean of the normal law of the log noise levels that it is asked at.
+        distillation_log_sigma_std: its standard deviation.
         text_noise: noise on the text condition, relative to its size, against learning names by heart.
         augment: "adaptive" (ADA), "fixed" (at augment_probability) or "none".
         augment_probability: of each transform, when fixed.
@@ -169,6 +177,11 @@ class GanConfig:
     contrastive_weight: float = 0.25
     diversity_weight: float = 2.0
     diversity_target: float = 0.3
+    distillation_weight: float = 0.0
+    distillation_model: str = "mini"
+    distillation_guidance_scale: float | None = None
+    distillation_log_sigma_mean: float = 0.0
+    distillation_log_sigma_std: float = 1.0
     text_noise: float = 0.1
     augment: Literal["adaptive", "fixed", "none"] = "adaptive"
     augment_probability: float = 0.3
@@ -224,16 +237,22 @@ class GanConfig:
             )
         if self.discriminator == "diffusion" and self.space == "pixel":
             raise InputError("--discriminator diffusion needs --space latent: its UNet sees latents, not pixels")
+        if self.distillation_weight > 0 and self.space == "pixel":
+            raise InputError("--distillation_weight needs --space latent: its model draws latents, not pixels")
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """images (N, C, H, W), condition (N, 1 + L, D), noise (N, noise_size), and the discriminator's chances."""
+    """images (N, C, H, W), condition (N, 1 + L, D), noise (N, noise_size), and the discriminator's chances; for the
+    quarter that a teacher corrects, or empty: text, the condition without noise, its noise like images, log sigma."""
 
     images: torch.Tensor
     condition: torch.Tensor
     noise: torch.Tensor
     chances: Chances
+    text: torch.Tensor
+    teacher_noise: torch.Tensor
+    teacher_level: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -258,10 +277,21 @@ def make_batch(
     images = images_of(data, indices, config.space)
     condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
     chances = adversary.chances(positions, step, images.shape[1:], condition)
+    corrected = positions[: quarter(len(positions))] if config.distillation_weight > 0 else positions[:0]
+    text = condition[: len(corrected)]
+    teacher_noise = rng.normal(images.shape[1:], config.seed, "teacher noise", corrected)
+    law = rng.normal((1,), config.seed, "teacher level", corrected)[:, 0]
+    teacher_level = config.distillation_log_sigma_mean + config.distillation_log_sigma_std * law
     if config.text_noise > 0:
         blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
         condition = blur_condition(condition, blur, config.text_noise)
-    return Batch(images, condition, rng.normal((noise_size,), config.seed, "gan noise", positions), chances)
+    noise = rng.normal((noise_size,), config.seed, "gan noise", positions)
+    return Batch(images, condition, noise, chances, text, teacher_noise, teacher_level)
+
+
+def quarter(count: int) -> int:
+    """How many of `count` drawings a quarter is, at least one."""
+    return max(1, count // 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,23 +363,42 @@ def measure(generator: torch.nn.Module, adversary: Adversary, data: HeldOut) -> 
     return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), reals), ratio
 
 
-def features_of(
-    config: GanConfig, vae: ProductAutoencoder, encoder: TextEncoder, device: torch.device
-) -> DiffusionFeatures:
-    """What the frozen UNet of `discriminator_model` sees.
+def fellow_model(flag: str, name: str, config: GanConfig, vae: ProductAutoencoder, encoder: TextEncoder) -> Any:
+    """The diffusion model `name`, given by `flag`, on the CPU.
 
     Raises:
         ModelMismatchError: no diffusion model of gigdiff's, or one on other latents or another text encoder.
     """
-    drawing = load(config.discriminator_model, device="cpu")
-    what = f"--discriminator_model {config.discriminator_model}"
+    drawing = load(name, device="cpu")
+    what = f"{flag} {name}"
     if not isinstance(drawing, DiffusionGenerator):
         raise ModelMismatchError(f'{what} is no model of training/train_diffusion.py: give such a folder, or "mini"')
     if not same_encoder(drawing.vae, vae):
         raise ModelMismatchError(f"{what} draws other latents than --vae_name_or_path {config.vae_name_or_path} gives")
     if drawing.text_encoder.fingerprint != encoder.fingerprint:
         raise ModelMismatchError(f"{what} reads another text encoder than --text_encoder {config.text_encoder}")
-    return diffusion_features(drawing, config.mixed_precision, device)
+    return drawing
+
+
+def teacher_of(config: GanConfig, drawing: DiffusionGenerator, device: torch.device) -> Teacher:
+    """The guided UNet of `drawing`, in the layout and attention that training wants.
+
+    Raises:
+        ModelMismatchError: it predicts something else than velocities.
+    """
+    if drawing.scheduler.config["prediction_type"] != "v_prediction":
+        raise ModelMismatchError(
+            f'--distillation_model {config.distillation_model} is no v-prediction model: give such a folder, or "mini"'
+        )
+    scale = config.distillation_guidance_scale
+    unet = drawing.unet.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    set_attention(unet, "auto", training=True, dtype=autocast_dtype(config.mixed_precision))
+    return Teacher(
+        unet,
+        drawing.text_encoder.encode([""]).condition().to(device),
+        drawing.capabilities.default_guidance if scale is None else scale,
+        log_sigmas(drawing.scheduler.alphas_cumprod).to(device),
+    )
 
 
 def start_from(run: str, generator: torch.nn.Module, adversary: Adversary) -> None:
@@ -425,7 +474,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     features = None
     if vae is not None and config.discriminator == "diffusion":
-        features = features_of(config, vae, encoder, device)
+        seeing = fellow_model("--discriminator_model", config.discriminator_model, config, vae, encoder)
+        features = diffusion_features(seeing, config.mixed_precision, device)
+    teacher = None
+    if vae is not None and config.distillation_weight > 0:
+        telling = fellow_model("--distillation_model", config.distillation_model, config, vae, encoder)
+        teacher = teacher_of(config, telling, device)
     view = view_of(vae, held_out, features, device)
     adversary = Adversary(
         settings,
@@ -536,7 +590,7 @@ def main(argv: list[str] | None = None) -> None:
         # One drawing serves both players: the discriminator learns on it, then the generator by the new discriminator.
         # A quarter of the captions is drawn a second time, with a neighbour's noise.
         count = len(batch.images)
-        twice = max(1, count // 4) if config.diversity_weight > 0 else 0
+        twice = quarter(count) if config.diversity_weight > 0 else 0
         noise = torch.cat([batch.noise, batch.noise.roll(1, 0)[:twice]])
         fake, again = wrapped(noise, torch.cat([batch.condition, batch.condition[:twice]])).split([count, twice])
 
@@ -550,6 +604,12 @@ def main(argv: list[str] | None = None) -> None:
             )
             values["too_alike"] = alike.item()
             total = total + config.diversity_weight * alike
+        if teacher is not None:
+            part = fake[: len(batch.text)]
+            with accelerator.autocast():
+                moved = teacher.correction(part, batch.teacher_noise, batch.teacher_level, batch.text, view.weights)
+            values["correction"] = moved.mean().item()
+            total = total + config.distillation_weight * moved.mean()
         check_finite(total.item(), step, rates[0])
         accelerator.backward(total)
         norm = accelerator.clip_grad_norm_(generator.parameters(), 10.0)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from gigdiff.attention import set_attention
 from gigdiff.diffusion import guided
-from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, ModelNotFoundError, NumericalError
+from gigdiff.errors import (
+    CapabilityError,
+    InputError,
+    ModelMismatchError,
+    ModelNotFoundError,
+    NumericalError,
+    nearest,
+)
 from gigdiff.exactness import PerSampleLinear, rows_stand_alone
 from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
 from gigdiff.generators.shared_vae import autoencoder_of
@@ -25,6 +32,7 @@ from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import AdapterSlots
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.saving import save_network
+from gigdiff.openvino_backend import PRECISIONS, compiled, default_precision, imported
 from gigdiff.packing import pack
 from gigdiff.precision import embedded_dtype
 from gigdiff.schedulers import build_scheduler, possible_schedulers
@@ -34,6 +42,13 @@ __all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"
 
 OnStep = Callable[[int, int], None]
 RECENT_TEXTS = 256
+# What int8 is fitted to: drawn once with a model's own steps and guidance.
+TYPICAL_PROMPTS = (
+    "red wool coat", "black leather handbag", "white sneakers", "navy polo shirt for men", "silver watch for women",
+    "blue jeans", "yellow summer dress", "brown leather belt", "pink lipstick", "gold earrings", "green t-shirt",
+    "grey backpack", "purple saree", "black sunglasses", "beige sandals", "orange shorts for boys",
+)  # fmt: skip
+TYPICAL_ROWS = 64
 
 
 def _loras(request: GenerationRequest) -> tuple[list[str], list[float]]:
@@ -100,7 +115,11 @@ class DiffusionGenerator:
         self.slots = AdapterSlots({"unet": self.unet}, name, folder, self.unet.unload_lora)
         self._remembered: dict[str, TextEmbedding] = {}
         self._recent: dict[str, TextEmbedding] = {}
-        self._exact: dict[tuple[int, int, int, bool, bool], bool] = {}
+        self._exact: dict[tuple[int, int, int, bool, bool, bool], bool] = {}
+        self._precision: str | None = None
+        self._compiled: dict[tuple[int, int], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}
+        self._compiled_now: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+        self._seen: list[tuple[Tensor, ...]] | None = None
         self.capabilities = Capabilities(
             default_size=(height, width),
             default_steps=num_inference_steps,
@@ -171,6 +190,28 @@ class DiffusionGenerator:
             attention=attention,
         )
 
+    def use_openvino(self, precision: str | None = None) -> None:
+        """From now on UNet and decoder are those that OpenVINO compiled; see gigdiff.openvino_backend.
+
+        They are converted when a size of picture is first drawn. With a LoRA torch draws: it is another network.
+
+        Args:
+            precision: "bfloat16", "float32", "int8" (the UNet's: the decoder stays in one of the others), or None: the
+                faster of the first two on this CPU.
+
+        Raises:
+            InputError: another precision, or a generator that is not on the CPU. MissingDependencyError: OpenVINO is
+                not installed.
+        """
+        if self.device.type != "cpu":
+            raise InputError(f'backend="openvino" draws on the CPU, and this generator is on {self.device}.')
+        default = default_precision()
+        if precision is not None and precision not in PRECISIONS:
+            raise InputError(f'dtype={precision!r} is unknown to backend="openvino"; {nearest(precision, PRECISIONS)}.')
+        if precision == "int8":
+            imported("nncf")
+        self._precision = precision or default
+
     def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
         """Draw the request's images; see ImageGenerator.
 
@@ -192,6 +233,10 @@ class DiffusionGenerator:
         request = validate(request, self.capabilities, self.name)
         started = time.perf_counter()
         notes = list(self.slots.use(*_loras(request)))
+        assert request.height and request.width
+        self._compiled_now = None
+        if self._precision is not None and not request.adapters():
+            self._compiled_now = self._compile(request.height, request.width)
         at_once = len(request) if self._batch_is_exact(request) else 1
         parts = []
         for start in range(0, len(request), at_once):
@@ -207,7 +252,12 @@ class DiffusionGenerator:
             parts.append(self._decode(latents))
             notes += cut
         return GenerationResult(
-            np.concatenate(parts), request, self.name, time.perf_counter() - started, tuple(dict.fromkeys(notes))
+            np.concatenate(parts),
+            request,
+            self.name,
+            time.perf_counter() - started,
+            tuple(dict.fromkeys(notes)),
+            extra={} if self._compiled_now is None else {"backend": f"openvino {self._precision}"},
         )
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
@@ -236,14 +286,15 @@ class DiffusionGenerator:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _batch_is_exact(self, request: GenerationRequest) -> bool:
-        """Whether this CPU's float32 kernels give an image the same bits in a batch of this size as alone."""
+        """Whether the kernels used (float32's, or OpenVINO's) give an image the same bits in such a batch as alone."""
         assert request.height and request.width
         count = len(request)
-        if count == 1 or self.device.type != "cpu" or self.dtype != torch.float32:
+        compiled = self._compiled_now is not None
+        if count == 1 or self.device.type != "cpu" or (self.dtype != torch.float32 and not compiled):
             return True
         guided = request.guidance_scale != 1.0
         alone = not guided or self.guidance_interval != (0.0, float("inf"))  # steps of one row an image
-        key = (count, request.height, request.width, guided, alone)
+        key = (count, request.height, request.width, guided, alone, compiled)
         if key not in self._exact:
             shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
             generator = torch.Generator().manual_seed(0)
@@ -352,9 +403,50 @@ class DiffusionGenerator:
             )
         return latents, notes
 
+    @torch.no_grad()
+    def _compile(self, height: int, width: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """UNet and decoder for pictures of this size, by OpenVINO, called as `_unet` and `_pixels` call them."""
+        size = (height, width)
+        if size not in self._compiled:
+            assert self._precision is not None
+            shape = (self.unet.config.in_channels, height // 8, width // 8)
+            z, condition = torch.zeros(2, *shape), self._embedding("").condition().repeat(2, 1, 1)
+
+            def rows() -> list[tuple[np.ndarray, ...]]:
+                return [tuple(x.numpy() for x in row) for row in self._typical_inputs(height, width)]
+
+            inner = default_precision() if self._precision == "int8" else self._precision
+            decoder = compiled(_Decoder(self.vae), (z,), inner, name=f"{Path(self.name).name}-decoder")
+            example = (z, self._sinusoids(torch.tensor(500.0), 2), condition)
+            name = f"{Path(self.name).name}-unet-{self._precision}"
+            unet = compiled(_Unet(self.unet), example, self._precision, name=name, calibration=rows)
+            self._compiled[size] = (unet, decoder)
+        return self._compiled[size]
+
+    def _typical_inputs(self, height: int, width: int) -> list[tuple[Tensor, ...]]:
+        """Up to TYPICAL_ROWS inputs of the UNet, (1, ...) each, spread evenly over the steps of TYPICAL_PROMPTS."""
+        request = GenerationRequest(
+            TYPICAL_PROMPTS, tuple(range(len(TYPICAL_PROMPTS))), height=height, width=width
+        )  # fmt: skip
+        self._seen = []
+        try:
+            self._denoise(validate(request, self.capabilities, self.name), None)
+            rows = [tuple(x[i : i + 1] for x in call) for call in self._seen for i in range(len(call[0]))]
+        finally:
+            self._seen = None
+        return rows[:: -(-len(rows) // TYPICAL_ROWS)]
+
     def _unet(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        if self._seen is not None:
+            self._seen.append((z.clone(), self._sinusoids(t, len(z)), condition))
+        if self._compiled_now is not None:
+            return self._compiled_now[0](z, self._sinusoids(t, len(z)), condition)
         z = z.contiguous(memory_format=torch.channels_last)
         return self.unet(z, t.to(z.device), encoder_hidden_states=condition, return_dict=False)[0].float()
+
+    def _sinusoids(self, t: Tensor, count: int) -> Tensor:
+        """What the UNet makes of a timestep first, (count, channels)."""
+        return self.unet.time_proj(t.float().repeat(count))
 
     @torch.no_grad()
     def _encode(self, images: np.ndarray) -> Tensor:
@@ -368,7 +460,35 @@ class DiffusionGenerator:
             return to_uint8(self._pixels(latents).float().cpu())
 
     def _pixels(self, latents: Tensor) -> Tensor:
+        if self._compiled_now is not None:
+            return self._compiled_now[1](latents)
         return self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+
+
+class _Unet(torch.nn.Module):
+    """A UNet as a function of latents, sinusoids of the timestep (`time_proj`'s) and condition.
+
+    The sinusoids stay outside: computed in bfloat16 they are of another timestep.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = copy.copy(unet)  # the layers are shared
+
+    def forward(self, z: Tensor, sinusoids: Tensor, condition: Tensor) -> Tensor:
+        self.unet.get_time_embed = lambda sample, timestep: sinusoids
+        return self.unet(z, 0, encoder_hidden_states=condition, return_dict=False)[0]
+
+
+class _Decoder(torch.nn.Module):
+    """An autoencoder as a function of latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents, return_dict=False)[0]
 
 
 def _alpha(alphas: Tensor, t: Tensor) -> float:

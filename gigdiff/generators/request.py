@@ -212,7 +212,7 @@ class GenerationResult:
         seconds: wall-clock time of `generate`, loading not included.
         notes: what the user should know, such as the part of a long prompt that was left out.
         weights: short hash of the weights files, "" where unknown.
-        extra: further fields for the saved file: what was done to the images after they were drawn.
+        extra: further fields for the saved file: what drew the images if not torch, and what was done to them then.
     """
 
     images: np.ndarray

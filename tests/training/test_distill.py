@@ -157,6 +157,7 @@ def test_the_guidance_loss_is_the_squared_error_of_velocities(tiny_model: Path) 
     sys.modules[spec.name] = distill  # dataclasses look their module up
     spec.loader.exec_module(distill)
     from gigdiff.consistency import knot_timesteps
+    from gigdiff.fit.teacher import Teacher
 
     generator = gigdiff.load(tiny_model)
     unet, alphas = generator.unet.float(), generator.scheduler.alphas_cumprod  # type: ignore[attr-defined]
@@ -166,7 +167,7 @@ def test_the_guidance_loss_is_the_squared_error_of_velocities(tiny_model: Path) 
     empty, condition = torch.randn(1, 33, 384), torch.randn(3, 33, 384)
     latents, noise, made_v = torch.randn(3, 3, 4, 10, 8)
     batch = distill.Batch(latents, condition, noise, torch.tensor([1, 3, 4]))
-    task = distill.Distillation(unet, empty, 3.0, timesteps, table)
+    task = distill.Distillation(Teacher(unet, empty, 3.0, table), timesteps)
     with torch.no_grad():
         z = task.noisy(batch)
         a = alphas[timesteps[batch.knot]].view(3, 1, 1, 1)

@@ -41,6 +41,7 @@ VAE = (*SHARED, "--widths", "[16, 8]", "--blocks", "[1, 1]", "--latent_dim", "2"
 KEYS = (
     "loss", "grad_norm", "discriminator_loss", "discriminator_grad_norm", "penalty", "contrast_real", "r_t", "r_v",
     "augment_probability", "diversity", "prompt_diversity", "distance", "validation_loss", "adversarial_loss",
+    "correction",
 )  # fmt: skip
 
 
@@ -158,17 +159,18 @@ def test_every_loss_and_both_spaces_run(
     assert images[0].size == (64, 80)  # type: ignore[index]
 
 
-def test_a_diffusion_model_sees_for_the_discriminator(
+def test_a_diffusion_model_sees_for_the_discriminator_and_corrects_the_generator(
     main: Callable[..., None], catalogue: Path, tiny_model: Path, cache: Path, tmp_path: Path
 ) -> None:
     """Resumed from the middle it goes on bit for bit; the frozen UNet is not part of the checkpoint."""
-    choices = (*GAN, "--discriminator", "diffusion", "--discriminator_model", str(tiny_model))
+    seeing = ("--discriminator", "diffusion", "--discriminator_model", str(tiny_model))
+    choices = (*GAN, *seeing, "--distillation_weight", "1", "--distillation_model", str(tiny_model))
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     main("train_gan.py", *flags(catalogue, tiny_model / "vae", cache, whole, 10), *choices)
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-10", "model"))
     again = [*flags(catalogue, tiny_model / "vae", cache, resumed, 10), *choices]
     main("train_gan.py", *again, "--resume_from_checkpoint", "latest")
-    assert logged(whole, KEYS) == logged(resumed, KEYS)
+    assert logged(whole, KEYS) == logged(resumed, KEYS) and logged(whole)[-1]["correction"] > 0
     named = ("generator", "ema", "optimizer", "discriminator", "discriminator_optimizer")
     assert helpers.same_checkpoints(whole / "checkpoint-10", resumed / "checkpoint-10", named)
     kept = load_file(whole / "checkpoint-10" / "discriminator.safetensors")
@@ -177,12 +179,15 @@ def test_a_diffusion_model_sees_for_the_discriminator(
     assert image.size == (64, 80)  # type: ignore[union-attr]
 
 
-def test_a_discriminator_model_on_other_latents_is_refused(
+def test_a_helping_model_on_other_latents_is_refused(
     main: Callable[..., None], catalogue: Path, autoencoder: Path, tiny_model: Path, cache: Path, tmp_path: Path
 ) -> None:
-    choices = (*GAN, "--discriminator", "diffusion", "--discriminator_model", str(tiny_model))
-    with pytest.raises(ModelMismatchError, match="draws other latents than --vae_name_or_path"):
-        main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 5), *choices)
+    for choices in (
+        ("--discriminator", "diffusion", "--discriminator_model", str(tiny_model)),
+        ("--distillation_weight", "1", "--distillation_model", str(tiny_model)),
+    ):
+        with pytest.raises(ModelMismatchError, match=f"{choices[-2]} .* draws other latents than --vae_name_or_path"):
+            main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path, 5), *GAN, *choices)
 
 
 def test_the_vae_runs_on_pixels(
@@ -238,6 +243,11 @@ def test_a_run_that_collapses_says_so(
             "train_gan.py",
             ["--train_data_dir", "x", "--discriminator", "diffusion", "--space", "pixel"],
             "--discriminator diffusion needs --space latent",
+        ),
+        (
+            "train_gan.py",
+            ["--train_data_dir", "x", "--distillation_weight", "1", "--space", "pixel"],
+            "--distillation_weight needs --space latent",
         ),
         ("train_gan.py", ["--train_data_dir", "x", "--vae_name_or_path", "nowhere"], "no autoencoder in nowhere"),
         ("train_vae.py", ["--train_data_dir", "x", "--width", "60"], "--width=60 is not a multiple of 8"),

@@ -1,0 +1,64 @@
+"""A frozen diffusion UNet as a teacher: what it says, guided, that noisy latents were without noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gigdiff.consistency import huber
+from gigdiff.diffusion import add_noise, clean_from_velocity, guided, timesteps_of
+
+__all__ = ["Teacher", "velocity_of"]
+
+
+def velocity_of(unet: Any, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    """What a UNet predicts for z (N, C, h, w) at timesteps t (N,), float32."""
+    z = z.contiguous(memory_format=torch.channels_last)
+    return unet(z, t, encoder_hidden_states=condition, return_dict=False)[0].float()
+
+
+class Teacher:
+    """A v-prediction UNet with classifier-free guidance.
+
+    Args:
+        unet: frozen. empty: the empty prompt's condition (1, 1 + L, D). guidance_scale: 1 is none, and one pass only.
+        table: `log_sigmas` of its schedule.
+    """
+
+    def __init__(self, unet: Any, empty: Tensor, guidance_scale: float, table: Tensor) -> None:
+        self.unet, self.empty, self.scale, self.table = unet, empty, guidance_scale, table
+
+    def clean(self, condition: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """(z (N, C, h, w), log_sigma (N,)) -> the estimate of the clean latents for texts `condition` (N, 1 + L, D)."""
+        both = torch.cat([self.empty.expand_as(condition), condition])
+
+        def estimate(z: Tensor, log_sigma: Tensor) -> Tensor:
+            t = timesteps_of(log_sigma, self.table)
+            if self.scale == 1.0:
+                return clean_from_velocity(z, velocity_of(self.unet, z, t, condition), log_sigma)
+            unconditional, conditional = velocity_of(self.unet, z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            return clean_from_velocity(z, guided(unconditional, conditional, self.scale), log_sigma)
+
+        return estimate
+
+    def correction(self, made: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor, weights: Tensor) -> Tensor:
+        """How far the teacher would move what was drawn, were it noised: adversarial diffusion distillation's loss.
+
+        Equation 4 of Sauer et al. 2023 (arXiv 2311.17042), the teacher's answer without gradient, with the pseudo-Huber
+        distance in place of the squared one: a noisy level, where the answer is far off and vague, does not drown one
+        that corrects details.
+
+        Args:
+            made: (N, C, h, w), with gradient. noise: like it. log_sigma: (N,), clamped to the schedule's.
+            weights: (1, C, 1, 1): what each channel counts.
+
+        Returns:
+            (N,), in root mean squares of an image.
+        """
+        log_sigma = log_sigma.clamp(self.table[0], self.table[-1])
+        with torch.no_grad():
+            end = self.clean(condition)(add_noise(made, noise, log_sigma), log_sigma)
+        return huber(made * weights, end * weights) / made[0].numel() ** 0.5
