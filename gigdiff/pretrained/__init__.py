@@ -32,6 +32,7 @@ __all__ = ["EMBEDDED", "UPSCALERS", "card", "folder_of", "size_on_disk"]
 EMBEDDED: dict[str, str] = {
     "mini": "latent diffusion, 80 x 64 (height x width)",
     "mini-turbo": "mini in 4 steps without guidance passes",
+    "mini-gan": "a GAN, one pass, through mini's decoder",
 }
 
 
