@@ -25,7 +25,7 @@ ASKED = {
     "ebony purse": Product(category="Handbags", colour="Black"),
 }
 
-#: Least share right of article types; shuffled prompts get 0.06. The GAN is a baseline, and short of its goal (docs/gan.md).
+#: Least share right of article types; shuffled prompts get 0.06. The GAN is short of its goal (docs/gan.md).
 LEAST_TYPES = {"mini-gan": 0.4}
 
 
