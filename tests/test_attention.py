@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,10 +241,10 @@ def test_measuring_times_each_candidate_and_leaves_random_states_alone() -> None
 
 def test_the_cache_lies_where_the_platform_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GIGDIFF_CACHE_DIR", raising=False)
-    monkeypatch.setattr(attention.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert attention.cache_file() == tmp_path / "gigdiff" / "attention.json"
-    monkeypatch.setattr(attention.sys, "platform", "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert attention.cache_file() == tmp_path / "local" / "gigdiff" / "attention.json"
 

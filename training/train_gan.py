@@ -277,11 +277,13 @@ def make_batch(
     images = images_of(data, indices, config.space)
     condition = data.conditions([(i, p // len(data)) for p, i in zip(positions, indices, strict=True)], length)
     chances = adversary.chances(positions, step, images.shape[1:], condition)
-    corrected = positions[: quarter(len(positions))] if config.distillation_weight > 0 else positions[:0]
-    text = condition[: len(corrected)]
-    teacher_noise = rng.normal(images.shape[1:], config.seed, "teacher noise", corrected)
-    law = rng.normal((1,), config.seed, "teacher level", corrected)[:, 0]
-    teacher_level = config.distillation_log_sigma_mean + config.distillation_log_sigma_std * law
+    text = teacher_noise = teacher_level = torch.empty(0)
+    if config.distillation_weight > 0:
+        corrected = positions[: quarter(len(positions))]
+        text = condition[: len(corrected)]
+        teacher_noise = rng.normal(images.shape[1:], config.seed, "teacher noise", corrected)
+        law = rng.normal((1,), config.seed, "teacher level", corrected)[:, 0]
+        teacher_level = config.distillation_log_sigma_mean + config.distillation_log_sigma_std * law
     if config.text_noise > 0:
         blur = rng.normal(condition.shape[1:], config.seed, "text noise", positions)
         condition = blur_condition(condition, blur, config.text_noise)

@@ -170,7 +170,7 @@ def test_a_diffusion_model_sees_for_the_discriminator_and_corrects_the_generator
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-10", "model"))
     again = [*flags(catalogue, tiny_model / "vae", cache, resumed, 10), *choices]
     main("train_gan.py", *again, "--resume_from_checkpoint", "latest")
-    assert logged(whole, KEYS) == logged(resumed, KEYS) and logged(whole)[-1]["correction"] > 0
+    assert logged(whole, KEYS) == logged(resumed, KEYS) and logged(whole, KEYS)[-1]["correction"] > 0
     named = ("generator", "ema", "optimizer", "discriminator", "discriminator_optimizer")
     assert helpers.same_checkpoints(whole / "checkpoint-10", resumed / "checkpoint-10", named)
     kept = load_file(whole / "checkpoint-10" / "discriminator.safetensors")
