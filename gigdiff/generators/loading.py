@@ -55,9 +55,10 @@ def load(
         dtype: "float32", "bfloat16", "float16"; None leaves it to gigdiff's own models, and for others takes
             float32 on the CPU and half precision on a GPU.
         attention: a backend of gigdiff.attention; see `gigdiff doctor` for what is usable here.
-        backend: "torch", or "openvino": UNet and decoder of gigdiff's own diffusion models are compiled for the CPU,
-            faster at small batches; dtype may then also be "int8", faster still and a little less exact. Pictures
-            differ from torch's in their last bits. Needs `pip install "gigdiff[openvino]"`; docs/performance.md.
+        backend: "torch", or "openvino": UNet and decoder of gigdiff's own diffusion models are compiled for the CPU: a
+            single picture in about half the time, differing from torch's in its last bits. dtype may then also be
+            "int8": faster still, but it was measured to cost 4 points of type accuracy, 17 with guidance. Needs
+            `pip install "gigdiff[openvino]"`; docs/performance.md.
         offload: for big pipelines on small GPUs (CUDA): "model" keeps each part on the GPU only while it works,
             "sequential" each layer (least memory, slow). Not for gigdiff's own models, which need no gigabyte.
         vae_tiling: a pipeline's autoencoder works in tiles: large pictures in little memory, faint changes at seams.
