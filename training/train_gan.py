@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
@@ -52,6 +53,7 @@ from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
 from gigdiff.precision import autocast_dtype, training_precision
+from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.text import TextEncoder, load_text_encoder
 
 GENERATORS: dict[str, Any] = {"style": StyleGenerator, "conv": ConvGenerator}
@@ -70,7 +72,8 @@ class GanConfig:
         space: "latent" draws an autoencoder's latents, "pixel" the pixels.
         vae_name_or_path: folder of the autoencoder (latent space).
         text_encoder: "minilm", or a text encoder's folder or hub id.
-        init_from: another run's folder or checkpoint whose averaged generator and discriminator to start from. Its
+        init_from: another run's folder or checkpoint whose averaged generator and discriminator to start from, or a
+            model folder or embedded name, which has the generator only: its discriminator then starts anew. The
             generator may have fewer blocks: those it lacks start as the identity.
         output_dir: run folder: checkpoints, log.jsonl, previews/, best/, model/.
         cache_dir: where latents and text embeddings are kept.
@@ -404,19 +407,27 @@ def teacher_of(config: GanConfig, drawing: DiffusionGenerator, device: torch.dev
 
 
 def start_from(run: str, generator: torch.nn.Module, adversary: Adversary) -> None:
-    """Averaged generator and discriminator of another run; residual blocks that it lacks start as the identity.
+    """Averaged generator and discriminator of another run, or a model's generator; residual blocks that it lacks start
+    as the identity.
 
     Raises:
-        InputError: there is no checkpoint. ModelMismatchError: they differ in more than the generator's blocks.
+        InputError: there is neither. ModelMismatchError: they differ in more than the generator's blocks.
     """
-    what, folder = f"--init_from {run}", Path(run)
+    what, folder = f"--init_from {run}", folder_of(run) if run in EMBEDDED else Path(run)
+    weights = folder / "generator" / "diffusion_pytorch_model.safetensors"
     found = folder if (folder / "state.json").is_file() else find_checkpoint("latest", folder)
-    if found is None:
-        raise InputError(f"{what}: no checkpoint there; give a run folder of train_gan.py or one of its checkpoints")
-    _, tensors = load_checkpoint(found)
+    if found is None and not weights.is_file():
+        raise InputError(
+            f"{what}: no checkpoint there; give a run folder of train_gan.py, one of its checkpoints, or a GAN's folder"
+        )
     try:
-        adversary.critic.load_state_dict(tensors["discriminator"])
-        lacking, unknown = generator.load_state_dict(tensors["generator"] | tensors["ema"], strict=False)
+        if found is None:
+            averaged = load_file(weights)
+        else:
+            _, tensors = load_checkpoint(found)
+            adversary.critic.load_state_dict(tensors["discriminator"])
+            averaged = tensors["generator"] | tensors["ema"]
+        lacking, unknown = generator.load_state_dict(averaged, strict=False)
     except (RuntimeError, KeyError) as error:
         raise ModelMismatchError(f"{what} is of other networks: {str(error)[:300]}") from error
     if unknown or not all(name.startswith("levels.") for name in lacking):

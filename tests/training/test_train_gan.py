@@ -284,6 +284,11 @@ def test_a_run_starts_from_a_smaller_generator_of_another(
     noise, condition = torch.randn(2, after.noise_size), torch.randn(2, 5, 384)
     with torch.no_grad():
         assert torch.equal(after(noise, condition), before(noise[:, : before.noise_size], condition))
+    model = ("--init_from", str(small / "model"), *more[2:])  # its generator alone, stored in half precision
+    main("train_gan.py", *flags(catalogue, autoencoder, cache, tmp_path / "model", 5), *GAN, *model)
+    loaded = load_file(tmp_path / "model" / "checkpoint-5" / "ema.safetensors")
+    stored = load_file(small / "checkpoint-5" / "ema.safetensors")
+    assert all(torch.equal(loaded[name], stored[name].half().float()) for name in stored)
     kept, start = (load_file(run / "checkpoint-5" / "discriminator.safetensors") for run in (large, small))
     assert not torch.equal(kept["embed.weight"], start["embed.weight"]), "the discriminator went on learning"
     with pytest.raises(ModelMismatchError, match="--init_from"):
