@@ -23,11 +23,9 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigdiff import gan_losses, rng
-from gigdiff.attention import set_attention
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.diffusion import log_sigmas
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
-from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, view_of
+from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, frozen_unet, view_of
 from gigdiff.fit.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -52,7 +50,7 @@ from gigdiff.generators.shared_vae import latent_space_of, same_encoder
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
-from gigdiff.precision import autocast_dtype, training_precision
+from gigdiff.precision import training_precision
 from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.text import TextEncoder, load_text_encoder
 
@@ -386,7 +384,7 @@ def fellow_model(flag: str, name: str, config: GanConfig, vae: ProductAutoencode
 
 
 def teacher_of(config: GanConfig, drawing: DiffusionGenerator, device: torch.device) -> Teacher:
-    """The guided UNet of `drawing`, in the layout and attention that training wants.
+    """The guided UNet of `drawing`.
 
     Raises:
         ModelMismatchError: it predicts something else than velocities.
@@ -396,14 +394,9 @@ def teacher_of(config: GanConfig, drawing: DiffusionGenerator, device: torch.dev
             f'--distillation_model {config.distillation_model} is no v-prediction model: give such a folder, or "mini"'
         )
     scale = config.distillation_guidance_scale
-    unet = drawing.unet.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    set_attention(unet, "auto", training=True, dtype=autocast_dtype(config.mixed_precision))
-    return Teacher(
-        unet,
-        drawing.text_encoder.encode([""]).condition().to(device),
-        drawing.capabilities.default_guidance if scale is None else scale,
-        log_sigmas(drawing.scheduler.alphas_cumprod).to(device),
-    )
+    scale = drawing.capabilities.default_guidance if scale is None else scale
+    unet, empty, table = frozen_unet(drawing, config.mixed_precision, device)
+    return Teacher(unet, empty, scale, table)
 
 
 def start_from(run: str, generator: torch.nn.Module, adversary: Adversary) -> None:
@@ -621,8 +614,9 @@ def main(argv: list[str] | None = None) -> None:
             part = fake[: len(batch.text)]
             with accelerator.autocast():
                 moved = teacher.correction(part, batch.teacher_noise, batch.teacher_level, batch.text, view.weights)
-            values["correction"] = moved.mean().item()
-            total = total + config.distillation_weight * moved.mean()
+            correction = moved.mean()
+            values["correction"] = correction.item()
+            total = total + config.distillation_weight * correction
         check_finite(total.item(), step, rates[0])
         accelerator.backward(total)
         norm = accelerator.clip_grad_norm_(generator.parameters(), 10.0)

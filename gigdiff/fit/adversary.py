@@ -33,7 +33,7 @@ from gigdiff.models.diffusion_features import DiffusionFeatures
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
 from gigdiff.precision import autocast_dtype
 
-__all__ = ["Adversary", "AdversarySettings", "Chances", "Looks", "View", "diffusion_features", "view_of"]
+__all__ = ["Adversary", "AdversarySettings", "Chances", "Looks", "View", "diffusion_features", "frozen_unet", "view_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +126,18 @@ def view_of(vae: Any, held_out: EncodedProducts, features: DiffusionFeatures | N
     return View(visibility(vae, held_out.latents(list(range(min(64, len(held_out))))).to(device)), features)
 
 
-def diffusion_features(drawing: DiffusionGenerator, mixed_precision: str, device: torch.device) -> DiffusionFeatures:
-    """What the UNet of `drawing` sees, given the empty text, in the layout and attention that training wants."""
-    unet = drawing.unet.to(device, memory_format=torch.channels_last)
+def frozen_unet(drawing: DiffusionGenerator, mixed_precision: str, device: torch.device) -> tuple[Any, Tensor, Tensor]:
+    """The UNet of `drawing` in the layout and attention that training wants, the empty text's condition, and the
+    `log_sigmas` of its schedule."""
+    unet = drawing.unet.to(device, memory_format=torch.channels_last).requires_grad_(False)
     set_attention(unet, "auto", training=True, dtype=autocast_dtype(mixed_precision))
     empty = drawing.text_encoder.encode([""]).condition().to(device)
-    return DiffusionFeatures(unet, empty, log_sigmas(drawing.scheduler.alphas_cumprod).to(device))
+    return unet, empty, log_sigmas(drawing.scheduler.alphas_cumprod).to(device)
+
+
+def diffusion_features(drawing: DiffusionGenerator, mixed_precision: str, device: torch.device) -> DiffusionFeatures:
+    """What the UNet of `drawing` sees, given the empty text."""
+    return DiffusionFeatures(*frozen_unet(drawing, mixed_precision, device))
 
 
 @dataclasses.dataclass(frozen=True)
