@@ -21,6 +21,7 @@ from gigdiff.generators.one_pass import save_one_pass
 from gigdiff.generators.shared_vae import latent_space_of, same_encoder
 from gigdiff.models.autoencoder import load_autoencoder
 from gigdiff.models.one_pass import load_one_pass
+from gigdiff.models.vae import ConditionalVae, drawing_half
 from gigdiff.pretrained import EMBEDDED, folder_of
 
 WHAT = {
@@ -125,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--shared_vae and --vae were both given: the decoder is either another model's or its own")
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
     model = load_one_pass(source / "generator")
+    if isinstance(model, ConditionalVae):
+        model = drawing_half(model)
     vae = None if card["space"] == "pixel" else load_autoencoder(source / "vae")
     stored = vae
     if vae is not None and config.vae is not None:

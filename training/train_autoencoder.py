@@ -5,7 +5,7 @@
 Phase 1 learns encoder and decoder for fidelity. Phase 2 (`--decoder_only true --init_from runs/.../autoencoder`, see
 configs/autoencoder_mini_sharp.yaml) freezes the encoder, so that diffusion models trained on its latents stay valid,
 and sharpens the decoder with a perceptual term on EfficientNet-Lite2's features (the result is measured with another
-network, Lite0), an adversarial one, or both.
+network, Lite0), an adversarial one, or both. `--denoiser mini` shows it latents as a diffusion model leaves them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from gigdiff import rng
 from gigdiff.data import ProductDataset, load_products
+from gigdiff.diffusion import add_noise
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
 from gigdiff.fit.checkpoint import (
     find_checkpoint,
@@ -35,12 +36,13 @@ from gigdiff.fit.ema import Ema
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
+from gigdiff.fit.teacher import Teacher, fellow_model, frozen_unet
 from gigdiff.generators.request import check_size
 from gigdiff.images import contact_sheet, fit_image, save_image, to_model, to_uint8
 from gigdiff.metrics.efficientnet import load_efficientnet
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.discriminator import build_discriminator, discriminator_loss, generator_loss
-from gigdiff.models.perceptual import perceptual_loss, pooled_loss
+from gigdiff.models.perceptual import feature_losses, perceptual_loss
 from gigdiff.models.saving import save_network
 from gigdiff.precision import training_precision
 
@@ -69,6 +71,12 @@ class AutoencoderConfig:
         posterior_std: noise on raw latents during training.
         init_from: autoencoder folder whose weights to start from; it may have fewer latent channels.
         decoder_only: freeze the encoder.
+        denoiser: diffusion model on these latents. A share of each batch is decoded not from the photo's own latents
+            but from what its UNet says, given noise on them and the empty text, that they were: the mean of what they
+            can have been, as drawing ends with. Left out: never.
+        denoiser_share: that share.
+        denoiser_log_sigma_mean: of the log-normal noise on them.
+        denoiser_log_sigma_std: of the same.
         train_batch_size: images a step and process.
         max_train_steps: optimizer steps in all.
         learning_rate: peak of the schedule.
@@ -116,6 +124,10 @@ class AutoencoderConfig:
     posterior_std: float = 0.05
     init_from: str | None = None
     decoder_only: bool = False
+    denoiser: str | None = None
+    denoiser_share: float = 0.75
+    denoiser_log_sigma_mean: float = -1.0
+    denoiser_log_sigma_std: float = 0.5
     train_batch_size: int = 32
     max_train_steps: int = 4000
     learning_rate: float = 3e-4
@@ -206,6 +218,36 @@ def build(config: AutoencoderConfig, dataset: ProductDataset) -> ProductAutoenco
     return model
 
 
+@torch.no_grad()
+def as_drawn(model: ProductAutoencoder, teacher: Teacher, pixels: torch.Tensor, chances: Chances) -> torch.Tensor:
+    """The posterior noise with which photos' latents become what `teacher` says they were, where `chances` want that.
+
+    Args:
+        pixels: (N, 3, H, W). chances: of the same N.
+
+    Returns:
+        (N, C, h, w), in units of `posterior_std`; the chances' own noise for the other photos.
+    """
+    noise = chances.noise.clone()
+    rows = chances.denoised.nonzero().flatten()
+    if len(rows):
+        mean, std = model.latents_mean, model.latents_std
+        clean = (model.encoder(pixels[rows]).float() - mean) / std
+        level = chances.log_sigma[rows].clamp(teacher.table[0], teacher.table[-1])
+        condition = teacher.empty.expand(len(rows), -1, -1)
+        told = teacher.clean(condition)(add_noise(clean, chances.noise[rows], level), level)
+        noise[rows] = (told - clean) * std / model.config["posterior_std"]
+    return noise
+
+
+class Chances(NamedTuple):
+    """A step's random numbers: noise (N, C, h, w), whether to denoise (N,), and from which log_sigma (N,)."""
+
+    noise: torch.Tensor
+    denoised: torch.Tensor
+    log_sigma: torch.Tensor
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(AutoencoderConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     source = config.train_data_dir or config.dataset_name
@@ -218,6 +260,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             "adversarial_weight > 0 trains the decoder only: add --decoder_only true and --init_from FOLDER"
         )
+    if config.denoiser is not None and not config.decoder_only:
+        raise InputError(
+            "--denoiser knows the latents of one encoder and must find it unchanged: add --decoder_only true and "
+            "--init_from FOLDER"
+        )
     out = Path(config.output_dir)
     config = dataclasses.replace(config, mixed_precision=training_precision(config.mixed_precision))
     accelerator = start_accelerator(config.mixed_precision, config.report_to, out)
@@ -228,6 +275,11 @@ def main(argv: list[str] | None = None) -> None:
     model = build(config, train)
     if config.decoder_only:
         model.encoder.requires_grad_(False)
+    teacher = None
+    if config.denoiser is not None:
+        drawing = fellow_model("--denoiser", config.denoiser, model, f"--init_from {config.init_from}")
+        unet, empty, table = frozen_unet(drawing, config.mixed_precision, accelerator.device)
+        teacher = Teacher(unet, empty, 1.0, table)
     # Channels last is what the CPU's and the tensor cores' convolutions want.
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     needs_features = max(config.perceptual_weight, config.pooled_weight) > 0 or (
@@ -283,14 +335,21 @@ def main(argv: list[str] | None = None) -> None:
         state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
         save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
 
-    def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(step: int) -> tuple[torch.Tensor, Chances]:
         positions = positions_of_step(step, config.train_batch_size, process, processes)
         pixels = load_pixels(train, samples_at(positions, len(train), config.seed), config.height, config.width)
         shape = (config.latent_channels, config.height // 8, config.width // 8)
-        return pixels, rng.normal(shape, config.seed, "posterior noise", positions)
+        share = config.denoiser_share if config.denoiser is not None else 0.0
+        level = rng.normal((1,), config.seed, "denoiser noise level", positions)[:, 0]
+        chances = Chances(
+            rng.normal(shape, config.seed, "posterior noise", positions),
+            rng.uniform(1, config.seed, "denoised", positions)[:, 0] < share,
+            config.denoiser_log_sigma_mean + config.denoiser_log_sigma_std * level,
+        )
+        return pixels, chances
 
     started, images_done = time.monotonic(), 0
-    for step, (pixels, noise) in prefetched(range(first_step, config.max_train_steps), load):
+    for step, (pixels, chances) in prefetched(range(first_step, config.max_train_steps), load):
         rate = learning_rate(
             step,
             peak=config.learning_rate,
@@ -299,7 +358,12 @@ def main(argv: list[str] | None = None) -> None:
             decay_fraction=config.lr_decay_fraction,
         )
         set_learning_rate(optimizer, rate)
-        pixels, noise = pixels.to(accelerator.device), noise.to(accelerator.device)
+        pixels = pixels.to(accelerator.device)
+        chances = Chances(*(part.to(accelerator.device) for part in chances))
+        noise = chances.noise
+        if teacher is not None:
+            with accelerator.autocast():
+                noise = as_drawn(model, teacher, pixels, chances)
         rebuilt, raw = wrapped(pixels, noise)
         difference = rebuilt.float() - pixels
         across, down = edges(difference)
@@ -310,14 +374,14 @@ def main(argv: list[str] | None = None) -> None:
             + config.prior_weight * raw.float().square().mean()
         )
         values: dict[str, float] = {"learning_rate": rate}
-        if feature_net is not None and config.perceptual_weight > 0:
+        if feature_net is not None and config.pooled_weight > 0:
+            alike, same = feature_losses(feature_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES)
+            loss = loss + config.perceptual_weight * alike + config.pooled_weight * same
+            values |= {"perceptual_loss": alike.item(), "pooled_loss": same.item()}
+        elif feature_net is not None and config.perceptual_weight > 0:
             alike = perceptual_loss(feature_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES)
             loss = loss + config.perceptual_weight * alike
             values["perceptual_loss"] = alike.item()
-        if feature_net is not None and config.pooled_weight > 0:
-            same = pooled_loss(feature_net, pixels, rebuilt.float(), PERCEPTUAL_SIZES[0])
-            loss = loss + config.pooled_weight * same
-            values["pooled_loss"] = same.item()
         check_finite(loss.item(), step, rate)
         values["loss"] = loss.item()
         if adversarial:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gigdiff import gan_losses, rng
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
-from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, frozen_unet, view_of
+from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusion_features, view_of
 from gigdiff.fit.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -41,12 +41,11 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
-from gigdiff.fit.teacher import Teacher
+from gigdiff.fit.teacher import Teacher, fellow_model, frozen_unet
 from gigdiff.generators.diffusion import DiffusionGenerator
-from gigdiff.generators.loading import load
 from gigdiff.generators.one_pass import OnePassGenerator, save_one_pass
 from gigdiff.generators.request import check_size
-from gigdiff.generators.shared_vae import latent_space_of, same_encoder
+from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.models.conditioning import blur_condition
 from gigdiff.models.gan import ConvGenerator, StyleGenerator
@@ -366,33 +365,20 @@ def measure(generator: torch.nn.Module, adversary: Adversary, data: HeldOut) -> 
     return measure_variety(fakes, repeated.unflatten(0, (prompts, 8)), reals), ratio
 
 
-def fellow_model(flag: str, name: str, config: GanConfig, vae: ProductAutoencoder, encoder: TextEncoder) -> Any:
+def fellow(flag: str, name: str, config: GanConfig, vae: ProductAutoencoder, encoder: TextEncoder) -> Any:
     """The diffusion model `name`, given by `flag`, on the CPU.
 
     Raises:
         ModelMismatchError: no diffusion model of gigdiff's, or one on other latents or another text encoder.
     """
-    drawing = load(name, device="cpu")
-    what = f"{flag} {name}"
-    if not isinstance(drawing, DiffusionGenerator):
-        raise ModelMismatchError(f'{what} is no model of training/train_diffusion.py: give such a folder, or "mini"')
-    if not same_encoder(drawing.vae, vae):
-        raise ModelMismatchError(f"{what} draws other latents than --vae_name_or_path {config.vae_name_or_path} gives")
+    drawing = fellow_model(flag, name, vae, f"--vae_name_or_path {config.vae_name_or_path}")
     if drawing.text_encoder.fingerprint != encoder.fingerprint:
-        raise ModelMismatchError(f"{what} reads another text encoder than --text_encoder {config.text_encoder}")
+        raise ModelMismatchError(f"{flag} {name} reads another text encoder than --text_encoder {config.text_encoder}")
     return drawing
 
 
 def teacher_of(config: GanConfig, drawing: DiffusionGenerator, device: torch.device) -> Teacher:
-    """The guided UNet of `drawing`.
-
-    Raises:
-        ModelMismatchError: it predicts something else than velocities.
-    """
-    if drawing.scheduler.config["prediction_type"] != "v_prediction":
-        raise ModelMismatchError(
-            f'--distillation_model {config.distillation_model} is no v-prediction model: give such a folder, or "mini"'
-        )
+    """The guided UNet of `drawing`."""
     scale = config.distillation_guidance_scale
     scale = drawing.capabilities.default_guidance if scale is None else scale
     unet, empty, table = frozen_unet(drawing, config.mixed_precision, device)
@@ -480,11 +466,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     features = None
     if vae is not None and config.discriminator == "diffusion":
-        seeing = fellow_model("--discriminator_model", config.discriminator_model, config, vae, encoder)
+        seeing = fellow("--discriminator_model", config.discriminator_model, config, vae, encoder)
         features = diffusion_features(seeing, config.mixed_precision, device)
     teacher = None
     if vae is not None and config.distillation_weight > 0:
-        telling = fellow_model("--distillation_model", config.distillation_model, config, vae, encoder)
+        telling = fellow("--distillation_model", config.distillation_model, config, vae, encoder)
         teacher = teacher_of(config, telling, device)
     view = view_of(vae, held_out, features, device)
     adversary = Adversary(

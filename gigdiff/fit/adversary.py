@@ -19,21 +19,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gigdiff import gan_losses, rng
-from gigdiff.attention import set_attention
 from gigdiff.data.encoded import EncodedProducts
-from gigdiff.diffusion import log_sigmas
 from gigdiff.errors import InputError
 from gigdiff.fit.augmentation import DRAWS, AdaptiveStrength, augment
 from gigdiff.fit.checkpoint import load_optimizer, optimizer_tensors
 from gigdiff.fit.run import check_finite
 from gigdiff.fit.schedule import set_learning_rate
+from gigdiff.fit.teacher import frozen_unet
 from gigdiff.generators.diffusion import DiffusionGenerator
 from gigdiff.models.autoencoder import visibility
 from gigdiff.models.diffusion_features import DiffusionFeatures
 from gigdiff.models.text_discriminator import Judgement, TextDiscriminator
-from gigdiff.precision import autocast_dtype
 
-__all__ = ["Adversary", "AdversarySettings", "Chances", "Looks", "View", "diffusion_features", "frozen_unet", "view_of"]
+__all__ = ["Adversary", "AdversarySettings", "Chances", "Looks", "View", "diffusion_features", "view_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +122,6 @@ def view_of(vae: Any, held_out: EncodedProducts, features: DiffusionFeatures | N
     if vae is None:
         return View(torch.ones(1, 3, 1, 1, device=device), None)
     return View(visibility(vae, held_out.latents(list(range(min(64, len(held_out))))).to(device)), features)
-
-
-def frozen_unet(drawing: DiffusionGenerator, mixed_precision: str, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """The UNet of `drawing` in the layout and attention that training wants, the empty text's condition, and the
-    `log_sigmas` of its schedule."""
-    unet = drawing.unet.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    set_attention(unet, "auto", training=True, dtype=autocast_dtype(mixed_precision))
-    empty = drawing.text_encoder.encode([""]).condition().to(device)
-    return unet, empty, log_sigmas(drawing.scheduler.alphas_cumprod).to(device)
 
 
 def diffusion_features(drawing: DiffusionGenerator, mixed_precision: str, device: torch.device) -> DiffusionFeatures:

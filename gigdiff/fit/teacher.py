@@ -1,4 +1,4 @@
-"""A frozen diffusion UNet as a teacher: what it says, guided, that noisy latents were without noise."""
+"""A frozen diffusion UNet as a teacher: what it says that noisy latents were without noise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gigdiff.attention import set_attention
 from gigdiff.consistency import huber
-from gigdiff.diffusion import add_noise, clean_from_velocity, guided, timesteps_of
+from gigdiff.diffusion import add_noise, clean_from_velocity, guided, log_sigmas, timesteps_of
+from gigdiff.errors import ModelMismatchError
+from gigdiff.generators.diffusion import DiffusionGenerator
+from gigdiff.generators.loading import load
+from gigdiff.generators.shared_vae import same_encoder
+from gigdiff.models.autoencoder import ProductAutoencoder
+from gigdiff.precision import autocast_dtype
 
-__all__ = ["Teacher", "velocity_of"]
+__all__ = ["Teacher", "fellow_model", "frozen_unet", "velocity_of"]
+
+
+def fellow_model(flag: str, name: str, vae: ProductAutoencoder, vae_flag: str) -> DiffusionGenerator:
+    """The diffusion model `name`, given by `flag`, on the CPU; it draws the latents of `vae`, given by `vae_flag`.
+
+    Raises:
+        ModelMismatchError: no diffusion model of gigdiff's, one on other latents, or one that predicts no velocities.
+    """
+    drawing, what = load(name, device="cpu"), f"{flag} {name}"
+    if not isinstance(drawing, DiffusionGenerator):
+        raise ModelMismatchError(f'{what} is no model of training/train_diffusion.py: give such a folder, or "mini"')
+    if not same_encoder(drawing.vae, vae):
+        raise ModelMismatchError(f"{what} draws other latents than {vae_flag} gives")
+    if drawing.scheduler.config["prediction_type"] != "v_prediction":
+        raise ModelMismatchError(f'{what} is no v-prediction model: give such a folder, or "mini"')
+    return drawing
+
+
+def frozen_unet(drawing: DiffusionGenerator, mixed_precision: str, device: torch.device) -> tuple[Any, Tensor, Tensor]:
+    """The UNet of `drawing` in the layout and attention that training wants, the empty text's condition, and the
+    `log_sigmas` of its schedule."""
+    unet = drawing.unet.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    set_attention(unet, "auto", training=True, dtype=autocast_dtype(mixed_precision))
+    empty = drawing.text_encoder.encode([""]).condition().to(device)
+    return unet, empty, log_sigmas(drawing.scheduler.alphas_cumprod).to(device)
 
 
 def velocity_of(unet: Any, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:

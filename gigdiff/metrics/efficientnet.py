@@ -164,7 +164,11 @@ class EfficientNetLite(nn.Module):
 
 def unit_maps(net: EfficientNetLite, x: torch.Tensor) -> list[torch.Tensor]:
     """What perceptual distances compare: maps of normalised images at 1/2 to 1/16, of unit length a position."""
-    maps = net.maps(x.contiguous(memory_format=torch.channels_last), PERCEPTUAL_STAGES[-1] + 1)
+    return unit_lengths(net.maps(x.contiguous(memory_format=torch.channels_last), PERCEPTUAL_STAGES[-1] + 1))
+
+
+def unit_lengths(maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The PERCEPTUAL_STAGES of a network's `maps`, of unit length a position."""
     return [maps[stage] / (maps[stage].norm(dim=1, keepdim=True) + 1e-6) for stage in PERCEPTUAL_STAGES]
 
 

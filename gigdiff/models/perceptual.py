@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gigdiff.metrics.efficientnet import EfficientNetLite, unit_maps
+from gigdiff.metrics.efficientnet import EfficientNetLite, unit_lengths, unit_maps
 
-__all__ = ["perceptual_loss", "pooled_loss", "resized", "stage_maps"]
+__all__ = ["feature_losses", "perceptual_loss", "resized", "stage_maps"]
 
 
 def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tuple[float, ...]) -> Tensor:
@@ -29,23 +29,31 @@ def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tu
         of_real, of_fake = resized(real, size), resized(fake, size)
         with torch.no_grad():
             constants = stage_maps(net, of_real)
-        terms += [(a - b).square().sum(1).mean() for a, b in zip(constants, stage_maps(net, of_fake), strict=True)]
+        terms += _distances(constants, stage_maps(net, of_fake))
     return torch.stack(terms).mean()
 
 
-def pooled_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, size: float) -> Tensor:
-    """Relative squared error of the pooled features, |a - b|^2 / |a|^2, mean over the batch.
+def feature_losses(
+    net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """`perceptual_loss`, and the relative squared error of the pooled features, |a - b|^2 / |a|^2, batch mean.
 
-    `perceptual_loss` asks that every place looks alike; this asks that the whole is taken for the same thing. It is the
-    kind of vector that Fréchet distances and probes are measured on, of another network.
-
-    Args:
-        net, real, fake: as `perceptual_loss`. size: factor that the pictures are enlarged by first.
+    The first asks that every place looks alike; the second, measured at the first of `sizes`, that the whole is taken
+    for the same thing. It is the kind of vector that Fréchet distances and probes are measured on, of another network.
+    One pass of the network gives both.
     """
     with torch.no_grad():
-        constants = net(_normalised(resized(real, size)))
-    moved = net(_normalised(resized(fake, size)))
-    return ((moved - constants).square().sum(1) / constants.square().sum(1).clamp(min=1e-6)).mean()
+        pooled, constants = net.features(_normalised(resized(real, sizes[0])))
+    moved, maps = net.features(_normalised(resized(fake, sizes[0])))
+    same = ((moved - pooled).square().sum(1) / pooled.square().sum(1).clamp(min=1e-6)).mean()
+    here = torch.stack(_distances(unit_lengths(constants), unit_lengths(maps))).mean()
+    if len(sizes) == 1:
+        return here, same
+    return (here + (len(sizes) - 1) * perceptual_loss(net, real, fake, sizes[1:])) / len(sizes), same
+
+
+def _distances(real: list[Tensor], fake: list[Tensor]) -> list[Tensor]:
+    return [(a - b).square().sum(1).mean() for a, b in zip(real, fake, strict=True)]
 
 
 def resized(images: Tensor, factor: float) -> Tensor:
@@ -62,4 +70,4 @@ def stage_maps(net: EfficientNetLite, images: Tensor) -> list[Tensor]:
 
 def _normalised(images: Tensor) -> Tensor:
     """From [-1, 1] to the networks' own (v - 127) / 128 of a pixel v in [0, 255]."""
-    return (images * 127.5 + 0.5) / 128.0
+    return ((images * 127.5 + 0.5) / 128.0).contiguous(memory_format=torch.channels_last)

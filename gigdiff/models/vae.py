@@ -9,7 +9,7 @@ draws them; what it adds to the prior is what the KL divergence charges for.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from gigdiff.errors import CapabilityError
 from gigdiff.models.autoencoder import ResidualBlock
 from gigdiff.models.conditioning import TextSummary, TokenAttention
 from gigdiff.models.gan import coarsest_grid, doubled
 
-__all__ = ["ConditionalVae", "VaeOutput", "calibrated_nll"]
+__all__ = ["ConditionalVae", "VaeOutput", "calibrated_nll", "drawing_half"]
 
 
 class VaeOutput(NamedTuple):
@@ -47,19 +48,22 @@ class LadderBlock(nn.Module):
 
     Prior N(m, s^2) from x; posterior N(m + s d, (s e^q)^2) from x and the encoder's features, written relative to the
     prior (Vahdat and Kautz 2020, NVAE, arXiv 2007.03898, section 3.3). Their divergence is then
-    1/2 sum(d^2 + e^2q - 1) - sum(q), whatever m and s are. Both start equal.
+    1/2 sum(d^2 + e^2q - 1) - sum(q), whatever m and s are. Both start equal. Without `posterior` it draws only.
     """
 
-    def __init__(self, channels: int, latent: int) -> None:
+    def __init__(self, channels: int, latent: int, posterior: bool = True) -> None:
         super().__init__()
         self.prior = nn.Sequential(ResidualBlock(channels), nn.SiLU(), nn.Conv2d(channels, 2 * latent, 3, padding=1))
-        self.posterior = nn.Sequential(
-            nn.Conv2d(2 * channels, channels, 1), ResidualBlock(channels), nn.SiLU(),
-            nn.Conv2d(channels, 2 * latent, 3, padding=1),
-        )  # fmt: skip
-        for head in (self.prior[-1], self.posterior[-1]):
-            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        heads: list[Any] = [self.prior[-1]]
+        if posterior:
+            self.posterior = nn.Sequential(
+                nn.Conv2d(2 * channels, channels, 1), ResidualBlock(channels), nn.SiLU(),
+                nn.Conv2d(channels, 2 * latent, 3, padding=1),
+            )  # fmt: skip
+            heads.append(self.posterior[-1])
+        for head in heads:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         self.enter = nn.Conv2d(latent, channels, 1)
         self.block = ResidualBlock(channels)
 
@@ -84,6 +88,7 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         widths, blocks: channels and rungs of each level, coarsest first.
         latent_dim: variables a position and rung.
         text_dim: numbers a token.
+        reads_images: whether it has the half that reads images, which only training needs; see `drawing_half`.
     """
 
     @register_to_config
@@ -97,19 +102,24 @@ class ConditionalVae(ModelMixin, ConfigMixin):
         blocks: tuple[int, ...] = (2, 2),
         latent_dim: int = 8,
         text_dim: int = 384,
+        reads_images: bool = True,
     ) -> None:
         super().__init__()
         self.grid = coarsest_grid(height, width, fold, widths, blocks)
         fine_to_coarse = list(zip(widths, blocks, strict=True))[::-1]
-        self.conv_in = nn.Conv2d(channels * fold**2, widths[-1], 3, padding=1)
-        self.encoder = nn.ModuleList(nn.Sequential(*(ResidualBlock(c) for _ in range(b))) for c, b in fine_to_coarse)
-        pairs = itertools.pairwise(fine_to_coarse)
-        self.downs = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for (fine, _), (coarse, _) in pairs)
+        if reads_images:
+            self.conv_in = nn.Conv2d(channels * fold**2, widths[-1], 3, padding=1)
+            self.encoder = nn.ModuleList(
+                nn.Sequential(*(ResidualBlock(c) for _ in range(b))) for c, b in fine_to_coarse
+            )
+            pairs = itertools.pairwise(fine_to_coarse)
+            self.downs = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for (fine, _), (coarse, _) in pairs)
         self.text = TextSummary(text_dim, widths[0])
         self.start = nn.Parameter(torch.randn(1, widths[0], *self.grid))
         self.attentions = nn.ModuleList(TokenAttention(c, text_dim) for c in widths)
         self.levels = nn.ModuleList(
-            nn.ModuleList(LadderBlock(c, latent_dim) for _ in range(b)) for c, b in zip(widths, blocks, strict=True)
+            nn.ModuleList(LadderBlock(c, latent_dim, reads_images) for _ in range(b))
+            for c, b in zip(widths, blocks, strict=True)
         )
         self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], channels * fold**2, 3, padding=1)
@@ -136,7 +146,16 @@ class ConditionalVae(ModelMixin, ConfigMixin):
     def forward(
         self, noise: Tensor, condition: Tensor, truncation: float = 1.0, images: Tensor | None = None
     ) -> VaeOutput:
-        """Without `images` a sample from the prior, its standard deviations scaled by `truncation`."""
+        """Without `images` a sample from the prior, its standard deviations scaled by `truncation`.
+
+        Raises:
+            CapabilityError: images, and this model was stored without its encoder.
+        """
+        if images is not None and not self.config["reads_images"]:
+            raise CapabilityError(
+                "this VAE was stored as its drawing half (training/package_one_pass.py) and cannot read images: take "
+                "the model/ folder of the training run"
+            )
         features: list[Tensor] | None = None if images is None else self.features(images)
         x = self.start + self.text(condition)[..., None, None]
         x = x.contiguous(memory_format=torch.channels_last)
@@ -152,3 +171,11 @@ class ConditionalVae(ModelMixin, ConfigMixin):
                 kl = kl + cost
         mean = F.pixel_shuffle(self.conv_out(F.silu(x)), self.config["fold"])
         return VaeOutput(mean.float(), kl)
+
+
+def drawing_half(model: ConditionalVae) -> ConditionalVae:
+    """The same model without what only training needs, about half of its numbers: it draws the same images."""
+    half: Any = ConditionalVae.from_config(model.config, reads_images=False)
+    weights = model.state_dict()
+    half.load_state_dict({name: weights[name] for name in half.state_dict()})
+    return nn.Module.to(half, next(model.parameters()).dtype)  # diffusers' own `to` warns

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
+from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.models.conditioning import TextSummary, TokenAttention, blur_condition, split_condition
 from gigdiff.models.gan import ConvGenerator, ModulatedConv, StyleGenerator
 from gigdiff.models.one_pass import load_one_pass
 from gigdiff.models.text_discriminator import TextDiscriminator
-from gigdiff.models.vae import ConditionalVae, LadderBlock, calibrated_nll
+from gigdiff.models.vae import ConditionalVae, LadderBlock, calibrated_nll, drawing_half
 
 SIZES = {"channels": 4, "widths": (16, 8), "blocks": (1, 1), "text_dim": 12}
 PIXELS = {**SIZES, "channels": 3, "height": 32, "width": 16, "fold": 4}
@@ -319,3 +319,21 @@ def test_the_discriminator_judges_every_patch() -> None:
         coarse = net.levels[1](net.downs[0](F.pixel_unshuffle(h, 2)))
         expected = fine[0] + net.patches[1](coarse).mean((1, 2, 3)) + net.realism.bias
     torch.testing.assert_close(scores, expected)
+
+
+def test_the_drawing_half_draws_the_same_and_reads_no_image() -> None:
+    torch.manual_seed(0)
+    whole = ConditionalVae(channels=4, height=4, width=4, widths=(16, 8), blocks=(1, 2), latent_dim=2, text_dim=6)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(0, 0.1)
+    half = drawing_half(whole)
+    noise, condition, images = torch.randn(2, whole.noise_size), torch.randn(2, 3, 6), torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(half(noise, condition, 0.7).mean, whole(noise, condition, 0.7).mean, rtol=0, atol=0)
+    assert {name.split(".")[0] for name in whole.state_dict()} - {name.split(".")[0] for name in half.state_dict()} == {
+        "conv_in", "encoder", "downs",
+    }  # fmt: skip
+    assert not any("posterior" in name for name in half.state_dict())
+    whole(noise, condition, images=images)
+    with pytest.raises(CapabilityError, match="drawing half"):
+        half(noise, condition, images=images)

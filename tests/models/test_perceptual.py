@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gigdiff.metrics.efficientnet import VARIANTS, load_efficientnet
 from gigdiff.models.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
-from gigdiff.models.perceptual import perceptual_loss, pooled_loss
+from gigdiff.models.perceptual import feature_losses, perceptual_loss
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(VARIANTS["lite2"].package) is None, reason="pip install 'gigdiff[train]'"
@@ -55,8 +55,10 @@ def test_pooled_loss_is_the_relative_error_of_the_whole_features():
         for x in (real, fake)
     )
     expected = (((a - b) ** 2).sum(1) / (a**2).sum(1)).mean()
-    loss = pooled_loss(net, real, fake, 2)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-3) and pooled_loss(net, real, real, 2).item() == 0
+    alike, loss = feature_losses(net, real, fake, (2, 1))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert alike.item() == pytest.approx(perceptual_loss(net, real, fake, (2, 1)).item(), rel=1e-4)
+    assert [value.item() for value in feature_losses(net, real, real, (2,))] == [0, 0]
     loss.backward()
     assert fake.grad is not None and fake.grad.abs().max() > 0
 

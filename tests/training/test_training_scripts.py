@@ -88,6 +88,61 @@ def test_sharpening_trains_the_decoder_and_leaves_the_encoder_alone(
     assert {p.name for p in (tmp_path / "checkpoint-4").iterdir()} >= {"discriminator.safetensors", "model.safetensors"}
 
 
+def test_the_decoder_learns_from_latents_as_a_unet_leaves_them() -> None:
+    """`as_drawn` against Gaussian latents, whose mean given noisy ones is known; other photos keep their own noise."""
+    spec = importlib.util.spec_from_file_location("train_autoencoder", ROOT / "training" / "train_autoencoder.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    from gigdiff.diffusion import alpha_beta, log_sigmas, timesteps_of
+    from gigdiff.fit.teacher import Teacher
+    from gigdiff.models.autoencoder import ProductAutoencoder
+
+    table = log_sigmas(torch.linspace(0.9999, 0.002, 1000))
+    torch.manual_seed(0)
+    model = ProductAutoencoder(4, 8, 16, 16, 1, 1, posterior_std=0.1)
+    model.set_latent_statistics(torch.arange(4.0), torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
+    level = torch.tensor([-1.5, -0.5, 0.5])
+    chances = script.Chances(torch.randn(3, 4, 2, 2), torch.tensor([True, False, True]), level)
+
+    def unet(z: torch.Tensor, t: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        """v of the best guess at N(0, 1) latents: alpha z."""
+        torch.testing.assert_close(t, timesteps_of(level[[0, 2]], table))
+        alpha, beta = alpha_beta(level[[0, 2]], z)
+        return ((alpha * z - alpha * z) / beta,)
+
+    noise = script.as_drawn(model, Teacher(unet, torch.zeros(1, 2, 3), 1.0, table), pixels, chances)
+    torch.testing.assert_close(noise[1], chances.noise[1])
+    _, raw = model(pixels)
+    seen = raw + 0.1 * noise  # what the decoder is given
+    alpha, beta = alpha_beta(level, raw)
+    clean = (raw - model.latents_mean) / model.latents_std
+    expected = alpha * (alpha * clean + beta * chances.noise) * model.latents_std + model.latents_mean
+    torch.testing.assert_close(seen[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_is_trained_on_what_mini_draws_and_only_on_its_own_latents(
+    autoencoder: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    from gigdiff.pretrained import folder_of
+
+    flags = (
+        "train_autoencoder.py", "--train_data_dir", str(catalogue), "--output_dir", str(tmp_path), "--denoiser", "mini",
+        "--train_batch_size", "4", "--mixed_precision", "no", "--report_to", "none", "--max_train_steps", "1",
+    )  # fmt: skip
+    mini = folder_of("mini") / "vae"
+    run(*flags, "--init_from", str(mini), "--decoder_only", "true")
+    before, after = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (mini, tmp_path / "autoencoder"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed == {"decoder"}
+    other = ("--init_from", str(autoencoder / "autoencoder"), "--decoder_only", "true", *AUTOENCODER[:12])
+    for more, message in ((other, "--denoiser mini draws other latents than --init_from"), ((), "--decoder_only true")):
+        done = subprocess.run(command(*flags, *more), capture_output=True, text=True, cwd=ROOT, env=environment())
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def diffusion_flags(catalogue: Path, autoencoder: Path, cache: Path, out: Path, steps: int) -> list[str]:
     return [
         "--train_data_dir", str(catalogue), "--vae_name_or_path", str(autoencoder / "autoencoder"), "--cache_dir",
