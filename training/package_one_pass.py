@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
     model = load_one_pass(source / "generator")
     if isinstance(model, ConditionalVae):
-        model = drawing_half(model)
+        whole, model = model, drawing_half(model)
+        card["parameters"] -= whole.num_parameters() - model.num_parameters()
     vae = None if card["space"] == "pixel" else load_autoencoder(source / "vae")
     stored = vae
     if vae is not None and config.vae is not None:

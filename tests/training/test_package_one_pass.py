@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import gigdiff
 from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
@@ -19,8 +21,10 @@ from gigdiff.generators.one_pass import save_one_pass
 from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.gan import StyleGenerator
+from gigdiff.models.vae import ConditionalVae
 
 ROOT = Path(__file__).parents[2]
+READING = ("conv_in", "encoder", "downs")  # a VAE's parts that read images
 
 
 def script(folder: str, name: str) -> ModuleType:
@@ -44,7 +48,7 @@ def run(tmp_path: Path) -> Path:
     vae = ProductAutoencoder(4, 8, 8, 8, 1, 1)
     card = {
         "family": "gan", "text_encoder": "minilm", "space": "latent", "latent_space": latent_space_of(vae),
-        "height": 80, "width": 64, "truncation": 1.0, "parameters": 12345, "trained_steps": 10, "trained_images": 320,
+        "height": 80, "width": 64, "truncation": 1.0, "parameters": 123_456, "trained_steps": 10, "trained_images": 320,
     }  # fmt: skip
     generator = StyleGenerator(4, 10, 8, 1, (16, 8), (1, 1), 384, 8, 16)
     save_one_pass(tmp_path / "run" / "model", generator, vae, card)
@@ -73,6 +77,23 @@ def test_a_folder_of_its_own_with_card_and_scores(run: Path, tmp_path: Path) -> 
     assert "style-based generator" in text and "truncation=0.7" in text and "320 images in 10 steps" in text
     image = gigdiff.generate("red coat", model=str(out), seed=0)
     assert image.info["truncation"] == "0.7"  # type: ignore[union-attr]
+
+
+def test_a_vae_is_stored_without_what_only_training_needs(run: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = ConditionalVae(4, 10, 8, 1, (16, 8), (1, 1), 2)
+    card = json.loads((run / "model" / "gigdiff.json").read_text()) | {"family": "vae"}
+    shutil.rmtree(run / "model")
+    vae = ProductAutoencoder(4, 8, 8, 8, 1, 1)
+    save_one_pass(run / "model", whole, vae, card | {"latent_space": latent_space_of(vae)})
+    out = tmp_path / "small-vae"
+    package.main(["--run", str(run), "--output_dir", str(out)])
+    stored = load_file(out / "generator" / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == {k for k in whole.state_dict() if "posterior" not in k and k.split(".")[0] not in READING}
+    about = json.loads((out / "gigdiff.json").read_text())
+    assert about["parameters"] < json.loads((run / "model" / "gigdiff.json").read_text())["parameters"]
+    a, b = (gigdiff.generate("red coat", model=str(f), seed=0, upscale=False) for f in (out, run / "model"))
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # type: ignore[arg-type]
 
 
 def test_it_shares_an_embedded_models_decoder_if_the_latents_are_the_same(
