@@ -24,13 +24,7 @@ def perceptual_loss(net: EfficientNetLite, real: Tensor, fake: Tensor, sizes: tu
         sizes: factors that the pictures are enlarged by first. The network was trained on whole photos of 260 pixels:
             small pictures want enlarging, and a second size makes other structures count.
     """
-    terms = []
-    for size in sizes:
-        of_real, of_fake = resized(real, size), resized(fake, size)
-        with torch.no_grad():
-            constants = stage_maps(net, of_real)
-        terms += _distances(constants, stage_maps(net, of_fake))
-    return torch.stack(terms).mean()
+    return torch.stack([term for size in sizes for term in _terms(net, real, fake, size)]).mean()
 
 
 def feature_losses(
@@ -46,10 +40,16 @@ def feature_losses(
         pooled, constants = net.features(_normalised(resized(real, sizes[0])))
     moved, maps = net.features(_normalised(resized(fake, sizes[0])))
     same = ((moved - pooled).square().sum(1) / pooled.square().sum(1).clamp(min=1e-6)).mean()
-    here = torch.stack(_distances(unit_lengths(constants), unit_lengths(maps))).mean()
-    if len(sizes) == 1:
-        return here, same
-    return (here + (len(sizes) - 1) * perceptual_loss(net, real, fake, sizes[1:])) / len(sizes), same
+    terms = _distances(unit_lengths(constants), unit_lengths(maps))
+    terms += [term for size in sizes[1:] for term in _terms(net, real, fake, size)]
+    return torch.stack(terms).mean(), same
+
+
+def _terms(net: EfficientNetLite, real: Tensor, fake: Tensor, size: float) -> list[Tensor]:
+    """The stages' distances at one size."""
+    with torch.no_grad():
+        constants = stage_maps(net, resized(real, size))
+    return _distances(constants, stage_maps(net, resized(fake, size)))
 
 
 def _distances(real: list[Tensor], fake: list[Tensor]) -> list[Tensor]:
