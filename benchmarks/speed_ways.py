@@ -197,7 +197,7 @@ def our_training(args: Namespace) -> Way:
     folder, _ = resolve(args.model)
     about, device = card(folder), torch.device(args.device)
     unet: Any = load_unet(folder / "unet").to(device, memory_format=torch.channels_last).train()
-    set_attention(unet, "auto", training=True)
+    set_attention(unet, "auto", training=True, dtype=embedded_dtype(device))
     vae = load_autoencoder(folder / "vae").to(device, memory_format=torch.channels_last)
     encoder = load_text_encoder(about.get("text_encoder", "minilm"), args.device)
     config = DiffusionConfig(train_batch_size=args.train_batch_size, height=about["height"], width=about["width"])
@@ -229,5 +229,7 @@ def our_training(args: Namespace) -> Way:
             optimizer.step()
             optimizer.zero_grad()
             ema.update(unet)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # else the last step would end in the next way's time
 
     return train

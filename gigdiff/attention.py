@@ -17,8 +17,8 @@ inference is therefore always SDPA, by a table and never by a stopwatch. Where "
 at sizes that the table lacks) the answer is kept in a file, and used only if that file could be written: two
 runs on one machine choose alike. To pin it across machines, name the backend.
 
-**What has not been run.** This project's tests had no GPU: xformers, sdpa_flash, sdpa_efficient and sdpa_cudnn are
-tested here for their refusals alone, and the wrapper that holds SDPA to one kernel with the kernels that a CPU has.
+**What was run.** tests/test_cuda.py, on an H100 (torch 2.11, CUDA 13, xformers 0.0.35): every backend against float64
+attention, gradients included. Elsewhere those tests are skipped, and the CUDA backends tested for their refusals alone.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def set_attention(
     """Give every attention layer of a diffusers UNet or transformer the backend; returns the one that was chosen.
 
     Args:
-        model: where its attention layers are diffusers'. A transformer that was given xformers keeps it.
+        model: where its attention layers are diffusers'.
         backend: one of BACKENDS.
         training: with a backward pass; "auto" and the kernels' limits depend on it.
         dtype: what it computes in; None: what its weights are in.
@@ -200,7 +200,13 @@ def set_attention(
         # Left alone, not set: diffusers' default may come from its own DIFFUSERS_ATTN_BACKEND.
         log.info("attention of %s: as diffusers has it, SDPA", type(model).__name__)
         return "sdpa"
-    _check(chosen, device, dtype, _head_dims(model), training)
+    try:
+        _check(chosen, device, dtype, _head_dims(model), training)
+    except InputError:
+        if backend != "auto":
+            raise
+        # Only the outermost layer was measured; an inner one may have larger heads.
+        chosen, reason = "sdpa", f"{chosen} can't run every layer"
     if is_unet:
         _set_unet(model, chosen)
     else:
@@ -279,10 +285,7 @@ def measure(work: Workload, candidates: Sequence[str], repeats: int = 5) -> dict
         x = torch.randn(rows, work.tokens, width).to(work.device, work.dtype).requires_grad_(work.training)
 
     def once(backend: str) -> float:
-        if backend == "xformers":
-            layer.set_use_memory_efficient_attention_xformers(True)
-        else:
-            layer.set_processor(_processor(backend))
+        layer.set_processor(_processor(backend))
         _wait(work.device)
         began = time.perf_counter()
         output = layer(x)
@@ -396,11 +399,10 @@ def _check(backend: str, device: torch.device, dtype: torch.dtype, head_dims: li
         return
     if device.type != "cuda":
         raise InputError(f'attention "{backend}" runs on CUDA only, and this model is on {device}: take sdpa or auto.')
-    if backend in KERNELS:
-        for head_dim in head_dims:
-            why = _limits(backend, dtype, head_dim) or _refusal(backend, device, dtype, head_dim, training)
-            if why:
-                raise InputError(f'attention "{backend}" can\'t run this model: {why} Take sdpa or auto.')
+    for head_dim in head_dims:
+        why = _limits(backend, dtype, head_dim) or _refusal(backend, device, dtype, head_dim, training)
+        if why:
+            raise InputError(f'attention "{backend}" can\'t run this model: {why} Take sdpa or auto.')
 
 
 def _limits(backend: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -414,8 +416,11 @@ def _limits(backend: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
-    """Torch's own words on why the kernel can't do this on this GPU, "" if it can. Never run: it needs CUDA."""
+    """Torch's, or xformers', own words on why the kernel can't do this on this GPU, "" if it can."""
     import torch
+
+    if backend == "xformers":
+        return _xformers_refusal(device, dtype, head_dim, training)
     from torch.backends import cuda
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -432,10 +437,32 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return "" if usable else reasons or f"torch {torch.__version__} says that its kernel can't do {dtype} x {head_dim}."
 
 
+def _xformers_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+    """Found by trying: what xformers can do hangs on how it was built. Built for another torch it still has the half
+    precision kernels that torch brings, and none for float32, which diffusers' own switch insists on."""
+    import torch
+    import xformers.ops
+
+    q = torch.zeros(1, 64, 2, head_dim, device=device, dtype=dtype, requires_grad=training)
+    try:
+        output = xformers.ops.memory_efficient_attention(q, q, q)
+        if training:
+            output.sum().backward()
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        version = importlib.metadata.version("xformers")
+        return (
+            f"xformers {version} says of {dtype}, heads of {head_dim}: {' '.join(str(error).split())[:300]}. "
+            "pip install --force-reinstall 'gigdiff[cuda]' takes one that is built for this torch."
+        )
+    return ""
+
+
 def _processor(backend: str, added_kv: bool = False) -> Any:
     """diffusers' attention processor for a UNet's layers; `added_kv`: with projections of the text of their own."""
     from diffusers.models import attention_processor as kinds
 
+    if backend == "xformers":
+        return kinds.XFormersAttnAddedKVProcessor() if added_kv else kinds.XFormersAttnProcessor()
     if backend == "math":
         return kinds.AttnAddedKVProcessor() if added_kv else kinds.AttnProcessor()
     if backend == "sliced":
@@ -446,9 +473,7 @@ def _processor(backend: str, added_kv: bool = False) -> Any:
 
 def _set_unet(unet: Any, backend: str) -> None:
     added_kv = any(getattr(layer, "added_kv_proj_dim", None) is not None for layer in _layers(unet))
-    unet.set_attn_processor(_processor("sdpa" if backend == "xformers" else backend, added_kv))
-    if backend == "xformers":
-        _enable_xformers(unet)
+    unet.set_attn_processor(_processor(backend, added_kv))
 
 
 def _set_transformer(model: Any, backend: str) -> None:
@@ -458,10 +483,7 @@ def _set_transformer(model: Any, backend: str) -> None:
             f'attention "sliced" is for UNets, and this is a {type(model).__name__}: take sdpa, which needs as little '
             "memory."
         )
-    own = {
-        name: processor.processor if isinstance(processor, OneKernel) else processor
-        for name, processor in model.attn_processors.items()
-    }
+    own = {name: _plain(processor) for name, processor in model.attn_processors.items()}
     if all(hasattr(processor, "_attention_backend") for processor in own.values()):  # FLUX and newer
         from diffusers.models.attention_dispatch import attention_backend
 
@@ -469,7 +491,7 @@ def _set_transformer(model: Any, backend: str) -> None:
         with _no_diffusers_warnings(), attention_backend("native"):
             model.set_attention_backend(DISPATCHED[backend])
     elif backend == "xformers":
-        _enable_xformers(model)
+        model.set_attn_processor({name: _joint_xformers(processor, model) for name, processor in own.items()})
     elif backend == "sdpa":
         model.set_attn_processor(own)
     else:  # SD3's and other older processors call SDPA themselves
@@ -477,16 +499,21 @@ def _set_transformer(model: Any, backend: str) -> None:
         model.set_attn_processor({name: OneKernel(kernel, processor) for name, processor in own.items()})
 
 
-def _enable_xformers(model: Any) -> None:
-    """diffusers' own switch, which also tries xformers on the GPU. Never run: it needs CUDA."""
-    version = importlib.metadata.version("xformers")
-    try:
-        model.enable_xformers_memory_efficient_attention()
-    except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-        raise MissingDependencyError(
-            f"xformers {version} does not run here: {' '.join(str(error).split())[:300]} To mend it: "
-            "pip install --force-reinstall 'gigdiff[cuda]', or take sdpa."
-        ) from error
+def _plain(processor: Any) -> Any:
+    """The processor without what an earlier `set_attention` made of it."""
+    from diffusers.models import attention_processor as kinds
+
+    if isinstance(processor, kinds.XFormersJointAttnProcessor):
+        return kinds.JointAttnProcessor2_0()
+    return processor.processor if isinstance(processor, OneKernel) else processor
+
+
+def _joint_xformers(processor: Any, model: Any) -> Any:
+    from diffusers.models import attention_processor as kinds
+
+    if not isinstance(processor, kinds.JointAttnProcessor2_0):
+        raise InputError(f'attention "xformers": diffusers has none for {type(model).__name__}; take sdpa or auto.')
+    return kinds.XFormersJointAttnProcessor()
 
 
 @contextlib.contextmanager

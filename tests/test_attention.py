@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -308,18 +309,31 @@ def test_auto_on_cuda_measures_what_could_run(as_if_cuda: None, cache: Path, mon
     assert all(key.startswith("NVIDIA Test | torch") for key in json.loads(cache.read_text()))
 
 
-def test_xformers_is_switched_on_by_diffusers_own_method(as_if_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, calls = tiny_unet(), []
+def test_models_are_given_xformers_processors_and_lose_them_again(as_if_cuda: None) -> None:
+    for model, kind in ((tiny_unet(), "XFormersAttnProcessor"), (tiny_sd3_transformer(), "XFormersJointAttnProcessor")):
+        before = {name: type(processor) for name, processor in model.attn_processors.items()}
+        assert set_attention(model, "xformers", device="cuda", dtype=torch.float16) == "xformers"
+        assert {type(processor).__name__ for processor in model.attn_processors.values()} == {kind}
+        set_attention(model, "sdpa")
+        assert {name: type(processor) for name, processor in model.attn_processors.items()} == before
+
+
+def test_what_xformers_says_of_a_model_it_cannot_do_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: xformers built for another torch has no float32 kernel, and diffusers' own switch tries no other."""
+
+    def attend(q: Tensor, *_: Tensor) -> Tensor:
+        if q.dtype == torch.float32:
+            raise NotImplementedError("No operator found\n for float32")
+        return 2 * q
+
+    package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention, package.ops = attend, ops  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: "0.0.99")
-    monkeypatch.setattr(unet, "enable_xformers_memory_efficient_attention", lambda: calls.append(1))
-    assert set_attention(unet, "xformers", device="cuda") == "xformers" and calls == [1]
-
-    def broken() -> None:
-        raise NotImplementedError("no operator\n found")
-
-    monkeypatch.setattr(unet, "enable_xformers_memory_efficient_attention", broken)
-    with pytest.raises(MissingDependencyError, match=r"xformers 0\.0\.99 does not run here: no operator found.*pip"):
-        set_attention(unet, "xformers", device="cuda")
+    said = attention._refusal("xformers", CPU, torch.float32, 40, True)
+    assert said.startswith("xformers 0.0.99 says of torch.float32, heads of 40: No operator found for float32. pip ")
+    assert attention._refusal("xformers", CPU, torch.float16, 40, True) == ""
 
 
 # Transformers

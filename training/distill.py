@@ -89,6 +89,7 @@ class DistillConfig:
         captions_per_image: wordings of each product; each epoch uses the next.
         captions_seed: of the wordings; none = seed. A run on cached encodings takes theirs.
         train_batch_size: images a step and process.
+        dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
         max_train_steps: optimizer steps in all.
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
@@ -139,6 +140,7 @@ class DistillConfig:
     captions_per_image: int = 5
     captions_seed: int | None = None
     train_batch_size: int = 32
+    dataloader_num_workers: int = 0
     max_train_steps: int = 2000
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 50
@@ -307,6 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     teacher = drawing.unet.requires_grad_(False)
+    # The generator chose for the precision that it draws in; some kernels can't do training's.
+    set_attention(teacher, "auto", dtype=autocast_dtype(config.mixed_precision))
     student: UNet2DConditionModel = copy.deepcopy(teacher).requires_grad_(True).train()
     chosen = set_attention(student, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     # With the guidance term the student stands in for the teacher, in its solver; else it jumps to the end and back.
@@ -442,7 +446,8 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     started, images_done = time.monotonic(), 0
-    for step, (batch, chosen, chances) in prefetched(range(first_step, config.max_train_steps), load_batch):
+    steps = range(first_step, config.max_train_steps)
+    for step, (batch, chosen, chances) in prefetched(steps, load_batch, workers=config.dataloader_num_workers):
         rate = rate_at(step, config.learning_rate, config.lr_warmup_steps)
         set_learning_rate(optimizer, rate)
         batch = batch.to(device)

@@ -71,7 +71,7 @@ from gigdiff.lora import (
     read_lora,
     save_lora,
 )
-from gigdiff.precision import autocast_dtype, embedded_dtype, training_precision
+from gigdiff.precision import autocast_dtype, training_precision
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "examples" / "catalogue"
@@ -257,7 +257,8 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         for network in parts.values():
             network.eval()
         if family.name == "mini":
-            set_attention(model, "auto", dtype=embedded_dtype(model.device))  # as the generator that will draw with it
+            # As a generator, in the held-out loss's precision: a kernel for float32 draws in half precision too.
+            set_attention(model, "auto", dtype=autocast_dtype(config.mixed_precision))
         try:
             with torch.no_grad(), ema.applied_to(adapter):
                 yield

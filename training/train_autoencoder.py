@@ -78,6 +78,7 @@ class AutoencoderConfig:
         denoiser_log_sigma_mean: of the log-normal noise on them.
         denoiser_log_sigma_std: of the same.
         train_batch_size: images a step and process.
+        dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
         max_train_steps: optimizer steps in all.
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
@@ -129,6 +130,7 @@ class AutoencoderConfig:
     denoiser_log_sigma_mean: float = -1.0
     denoiser_log_sigma_std: float = 0.5
     train_batch_size: int = 32
+    dataloader_num_workers: int = 0
     max_train_steps: int = 4000
     learning_rate: float = 3e-4
     lr_warmup_steps: int = 50
@@ -349,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
         return pixels, chances
 
     started, images_done = time.monotonic(), 0
-    for step, (pixels, chances) in prefetched(range(first_step, config.max_train_steps), load):
+    steps = range(first_step, config.max_train_steps)
+    for step, (pixels, chances) in prefetched(steps, load, workers=config.dataloader_num_workers):
         rate = learning_rate(
             step,
             peak=config.learning_rate,

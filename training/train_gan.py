@@ -115,6 +115,7 @@ class GanConfig:
         augment_cutout: side of the blanked square, as a share of the size.
         augment_flip: mirror; only in pixel space, and it mirrors prints and logos.
         train_batch_size: images a step and process.
+        dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
         max_train_steps: optimizer steps in all.
         learning_rate: peak of the generator's schedule.
         discriminator_learning_rate: peak of the discriminator's.
@@ -191,6 +192,7 @@ class GanConfig:
     augment_cutout: float = 0.5
     augment_flip: bool = False
     train_batch_size: int = 32
+    dataloader_num_workers: int = 0
     max_train_steps: int = 10000
     learning_rate: float = 3e-4
     discriminator_learning_rate: float = 3e-4
@@ -566,7 +568,8 @@ def main(argv: list[str] | None = None) -> None:
         return make_batch(train, positions, step, config, length, noise_size, adversary)
 
     started, images_done = time.monotonic(), 0
-    for step, batch in prefetched(range(first_step, config.max_train_steps), load_batch):
+    steps = range(first_step, config.max_train_steps)
+    for step, batch in prefetched(steps, load_batch, workers=config.dataloader_num_workers):
         batch = batch.to(device)
         rates = [
             learning_rate(

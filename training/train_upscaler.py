@@ -73,6 +73,7 @@ class UpscalerConfig:
         decoded_share: share of samples that went through the autoencoder.
         latent_noise: greatest standard deviation of the noise on its latents.
         train_batch_size: crops a step and process.
+        dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
         max_train_steps: optimizer steps in all.
         optimizer: "adamw", or "muon" for the hidden convolutions with AdamW for the rest, at the same learning rate.
         learning_rate: peak of the schedule.
@@ -117,6 +118,7 @@ class UpscalerConfig:
     decoded_share: float = 0.4
     latent_noise: float = 0.25
     train_batch_size: int = 16
+    dataloader_num_workers: int = 0
     max_train_steps: int = 3000
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-4
@@ -396,7 +398,9 @@ def main(argv: list[str] | None = None) -> None:
         return small
 
     started, images_done = time.monotonic(), 0
-    for step, (small, large, sources, places, positions) in prefetched(range(first_step, config.max_train_steps), load):
+    steps = range(first_step, config.max_train_steps)
+    for step, batch in prefetched(steps, load, workers=config.dataloader_num_workers):
+        small, large, sources, places, positions = batch
         rate = learning_rate(
             step,
             peak=config.learning_rate,

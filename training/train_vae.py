@@ -84,6 +84,7 @@ class VaeConfig:
         mismatch_weight: share of its fakes that are real images with another product's text.
         contrastive_weight: weight of finding each image's text among the batch's.
         train_batch_size: images a step and process.
+        dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
         max_train_steps: optimizer steps in all.
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
@@ -136,6 +137,7 @@ class VaeConfig:
     mismatch_weight: float = 0.5
     contrastive_weight: float = 0.25
     train_batch_size: int = 64
+    dataloader_num_workers: int = 0
     max_train_steps: int = 5000
     learning_rate: float = 5e-4
     lr_warmup_steps: int = 100
@@ -347,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         return make_batch(train, positions, step, config, length, model.noise_size, adversary)
 
     started, images_done = time.monotonic(), 0
-    for step, batch in prefetched(range(first_step, config.max_train_steps), load):
+    steps = range(first_step, config.max_train_steps)
+    for step, batch in prefetched(steps, load, workers=config.dataloader_num_workers):
         batch = batch.to(device)
         rate = learning_rate(
             step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from torch.utils.data import DataLoader, Dataset
 
 from gigdiff.errors import InputError, NumericalError
 
@@ -32,8 +34,32 @@ __all__ = [
 Item = TypeVar("Item")
 
 
-def prefetched(steps: range, load: Callable[[int], Item], ahead: int = 2) -> Iterator[tuple[int, Item]]:
-    """(step, load(step)) in order, with `ahead` of them being loaded in a thread while the model works."""
+def prefetched(
+    steps: range, load: Callable[[int], Item], ahead: int = 2, workers: int = 0
+) -> Iterator[tuple[int, Item]]:
+    """(step, load(step)) in order, with `ahead` of them being loaded while the model works.
+
+    Args:
+        load: a function of the step alone, on the CPU.
+        ahead: how many, of each worker.
+        workers: processes that load; 0: a thread, which is enough where a step takes long.
+
+    Raises:
+        InputError: workers on a system that can't fork. What `load` raises.
+    """
+    if workers:
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise InputError(f"--dataloader_num_workers {workers}: this system can't fork; leave it out")
+        # An identity for `collate_fn`: torch's own makes lists of tuples.
+        yield from DataLoader(
+            _Loaded(steps, load),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=ahead,
+            collate_fn=lambda item: item,
+            multiprocessing_context="fork",
+        )
+        return
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = [(step, pool.submit(load, step)) for step in steps[:ahead]]
         for following in [*steps[ahead:], *[None] * ahead]:
@@ -43,6 +69,19 @@ def prefetched(steps: range, load: Callable[[int], Item], ahead: int = 2) -> Ite
             if following is not None:
                 waiting.append((following, pool.submit(load, following)))
             yield step, future.result()
+
+
+class _Loaded(Dataset[tuple[int, Item]]):
+    """(step, load(step)) of every step, for torch's DataLoader."""
+
+    def __init__(self, steps: range, load: Callable[[int], Item]) -> None:
+        self.steps, self.load = steps, load
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> tuple[int, Item]:
+        return self.steps[index], self.load(self.steps[index])
 
 
 class JsonLines:

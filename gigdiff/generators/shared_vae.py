@@ -49,4 +49,4 @@ def same_encoder(a: ProductAutoencoder, b: ProductAutoencoder) -> bool:
     """Whether both give the same latents: a UNet knows no others. (Weights in a model folder are rounded to half.)"""
     ours, theirs = a.state_dict(), b.state_dict()
     names = [name for name in ours if not name.startswith("decoder.")]
-    return all(n in theirs and torch.equal(ours[n].half(), theirs[n].half()) for n in names)
+    return all(n in theirs and torch.equal(ours[n].half().cpu(), theirs[n].half().cpu()) for n in names)

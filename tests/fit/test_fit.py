@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -178,12 +180,20 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ck.load_checkpoint(folder)
 
 
-def test_prefetching_keeps_order_and_passes_errors_on() -> None:
-    assert list(prefetched(range(3, 8), lambda s: s * s)) == [(s, s * s) for s in range(3, 8)]
-    assert list(prefetched(range(0), lambda s: s)) == []
-    assert list(prefetched(range(1), lambda s: s)) == [(0, 0)]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prefetching_keeps_order_and_passes_errors_on(workers: int) -> None:
+    def loaded(steps: range, load: Callable[[int], Any]) -> list[Any]:
+        return list(prefetched(steps, load, workers=workers))
+
+    assert loaded(range(3, 8), lambda s: s * s) == [(s, s * s) for s in range(3, 8)]
+    assert loaded(range(0), lambda s: s) == []
+    assert loaded(range(1), lambda s: (s, [s])) == [(0, (0, [0]))], "as it was: no tuple became a list"
     with pytest.raises(ZeroDivisionError):
-        list(prefetched(range(3), lambda s: 1 // (s - 1)))
+        loaded(range(3), lambda s: 1 // (s - 1))
+
+
+def test_workers_are_other_processes() -> None:
+    assert len({pid for _, pid in prefetched(range(4), lambda _: os.getpid(), workers=2)} - {os.getpid()}) == 2
 
 
 def test_the_log_drops_what_a_resumed_run_will_do_again(tmp_path: Path) -> None:

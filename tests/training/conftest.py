@@ -45,11 +45,12 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(script: str, *flags: str, launch: bool = False) -> list[str]:
+def command(script: str, *flags: str, launch: bool = False, on: str = "cpu") -> list[str]:
     """The command line of a training script, through `accelerate launch` or plain."""
     start = [sys.executable]
     if launch:
-        start += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        device = ["--cpu"] if on == "cpu" else []
+        start += ["-m", "accelerate.commands.launch", *device, "--num_processes", "1"]
     return [*start, str(ROOT / "training" / script), *flags]
 
 
@@ -57,10 +58,15 @@ def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(script: str, *flags: str, launch: bool = False) -> subprocess.CompletedProcess[str]:
+def run(script: str, *flags: str, launch: bool = False, on: str = "cpu") -> subprocess.CompletedProcess[str]:
     """Run to the end; fails the test with the script's stderr."""
     done = subprocess.run(
-        command(script, *flags, launch=launch), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600
+        command(script, *flags, launch=launch, on=on),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
