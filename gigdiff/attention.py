@@ -17,8 +17,9 @@ inference is therefore always SDPA, by a table and never by a stopwatch. Where "
 at sizes that the table lacks) the answer is kept in a file, and used only if that file could be written: two
 runs on one machine choose alike. To pin it across machines, name the backend.
 
-**What was run.** tests/test_cuda.py, on an H100 (torch 2.11, CUDA 13, xformers 0.0.35): every backend against float64
-attention, gradients included. Elsewhere those tests are skipped, and the CUDA backends tested for their refusals alone.
+**What was run.** tests/test_cuda.py, on an H100 (torch 2.11, CUDA 13): SDPA's kernels, plain and sliced attention
+against float64, gradients included. xformers was not: PyPI's 0.0.35 is built for CUDA 12.8 and has no kernel there, as
+"auto" found and a request for it was told. Without a GPU those tests are skipped.
 """
 
 from __future__ import annotations
@@ -438,8 +439,8 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
 
 
 def _xformers_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
-    """Found by trying: what xformers can do hangs on how it was built. Built for another torch it still has the half
-    precision kernels that torch brings, and none for float32, which diffusers' own switch insists on."""
+    """Found by trying: a build for another torch or CUDA imports, and then has no kernel for anything. (diffusers' own
+    switch tries float32 alone, which newer builds lack.)"""
     import torch
     import xformers.ops
 
@@ -450,9 +451,11 @@ def _xformers_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, t
             output.sum().backward()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         version = importlib.metadata.version("xformers")
+        build = f"cu{(torch.version.cuda or '').replace('.', '')}"
         return (
-            f"xformers {version} says of {dtype}, heads of {head_dim}: {' '.join(str(error).split())[:300]}. "
-            "pip install --force-reinstall 'gigdiff[cuda]' takes one that is built for this torch."
+            f"xformers {version} says of {dtype}, heads of {head_dim}: {' '.join(str(error).split())[:300]}. One that "
+            f"is built for torch {torch.__version__}: pip install xformers --index-url "
+            f"https://download.pytorch.org/whl/{build}"
         )
     return ""
 

@@ -319,7 +319,7 @@ def test_models_are_given_xformers_processors_and_lose_them_again(as_if_cuda: No
 
 
 def test_what_xformers_says_of_a_model_it_cannot_do_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen: xformers built for another torch has no float32 kernel, and diffusers' own switch tries no other."""
+    """Seen: xformers built for another CUDA imports and has no kernel; diffusers' own switch tries float32 alone."""
 
     def attend(q: Tensor, *_: Tensor) -> Tensor:
         if q.dtype == torch.float32:
@@ -332,7 +332,8 @@ def test_what_xformers_says_of_a_model_it_cannot_do_is_passed_on(monkeypatch: py
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: "0.0.99")
     said = attention._refusal("xformers", CPU, torch.float32, 40, True)
-    assert said.startswith("xformers 0.0.99 says of torch.float32, heads of 40: No operator found for float32. pip ")
+    assert said.startswith("xformers 0.0.99 says of torch.float32, heads of 40: No operator found for float32. One ")
+    assert "pip install xformers --index-url https://download.pytorch.org/whl/cu" in said
     assert attention._refusal("xformers", CPU, torch.float16, 40, True) == ""
 
 

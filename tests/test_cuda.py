@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,16 @@ from gigdiff.attention import KERNELS, available_backends, set_attention
 from gigdiff.models.upscaler import ProductUpscaler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-HAVE_XFORMERS = importlib.util.find_spec("xformers") is not None
-needs_xformers = pytest.mark.skipif(not HAVE_XFORMERS, reason="needs xformers: pip install 'gigdiff[cuda]'")
+
+
+def why_no_xformers() -> str:
+    """ "" where xformers has kernels for this GPU."""
+    usable, reason = available_backends()["xformers"]
+    return attention._refusal("xformers", torch.device("cuda"), torch.float16, 64, True) if usable else reason
+
+
+WHY_NOT = why_no_xformers()
+needs_xformers = pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
 BACKENDS = ["sdpa", *KERNELS, "math", "sliced", pytest.param("xformers", marks=needs_xformers)]
 
 
@@ -135,7 +142,7 @@ def test_models_on_each_backend_say_what_they_say_in_float32_on_the_cpu(build: C
 
 @needs_xformers
 def test_transformers_take_xformers() -> None:
-    """With heads of 64, as the real ones have or nearly; an xformers built for another torch has none below 32."""
+    """With heads of 64, as the real ones have or nearly: some of its kernels take none below 32."""
     sd3 = {**tiny_sd3().config, "attention_head_dim": 64, "caption_projection_dim": 128}
     flux = {**tiny_flux().config, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
     for model in (SD3Transformer2DModel.from_config(sd3), FluxTransformer2DModel.from_config(flux)):
@@ -161,7 +168,7 @@ def test_auto_measures_every_kernel_and_remembers(tmp_path: Path, monkeypatch: p
     chosen = set_attention(model, "auto")
     assert available_backends()[chosen][0]
     seconds = next(iter(attention._read(tmp_path / "attention.json").values()))["seconds"]
-    assert set(seconds) == {"sdpa", *KERNELS} | ({"xformers"} if HAVE_XFORMERS else set())
+    assert set(seconds) == {"sdpa", *KERNELS} | (set() if WHY_NOT else {"xformers"})
     monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
     assert set_attention(model, "auto") == chosen
 

@@ -24,8 +24,9 @@ __all__ = ["EncodedBuckets", "EncodedProducts", "captions_of", "model_fingerprin
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits of a model's weights and config: what a cache of its outputs depends on."""
-    parts: list[bytes | str] = [type(model).__name__, repr(sorted(dict(getattr(model, "config", {})).items(), key=str))]
+    """16 hex digits of a model's weights and config, wherever it lies: what a cache of its outputs depends on."""
+    config = {name: value for name, value in dict(getattr(model, "config", {})).items() if not name.startswith("_")}
+    parts: list[bytes | str] = [type(model).__name__, repr(sorted(config.items(), key=str))]
     for name, tensor in sorted(model.state_dict().items()):
         parts += [name, tensor.detach().float().cpu().contiguous().numpy().tobytes()]
     return content_key(*parts).hex()[:16]

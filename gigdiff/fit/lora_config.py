@@ -40,8 +40,9 @@ class LoraConfig:
         instance_prompt: one caption for all photos, such as "a photo of sks shoe".
         caption_dropout: share of samples trained on the empty prompt, for guidance.
         max_sequence_length: T5's tokens (SD3, FLUX).
-        with_prior_preservation: also train on pictures of the class, drawn by the base model, so that it is not lost.
+        with_prior_preservation: also train on pictures that the base model drew, so that what it knew is not lost.
         class_prompt: the prompt of those pictures.
+        class_prompts: several, drawn in turn: a new family of products takes the place of all others without them.
         class_data_dir: where they are kept; by default in output_dir.
         num_class_images: how many are drawn, if there are fewer.
         prior_loss_weight: weight of their loss.
@@ -119,6 +120,7 @@ class LoraConfig:
     max_sequence_length: int = 256
     with_prior_preservation: bool = False
     class_prompt: str | None = None
+    class_prompts: tuple[str, ...] = ()
     class_data_dir: str | None = None
     num_class_images: int = 100
     prior_loss_weight: float = 1.0
@@ -168,6 +170,10 @@ class LoraConfig:
     report_to: str = "none"
     output_kohya_format: bool = False
 
+    def prompts_of_class(self) -> tuple[str, ...]:
+        """Of prior preservation: --class_prompt and --class_prompts."""
+        return tuple(filter(None, (self.class_prompt, *self.class_prompts)))
+
 
 def check(config: LoraConfig) -> None:
     """What can be told before anything is loaded. Raises InputError naming the flag."""
@@ -180,8 +186,10 @@ def check(config: LoraConfig) -> None:
             raise InputError(f"--{name} {getattr(config, name):g}: from 0 to below 1 is allowed")
     if config.train_data_dir and config.dataset_name:
         raise InputError("--train_data_dir and --dataset_name were both given; give one.")
-    if config.with_prior_preservation and not config.class_prompt:
-        raise InputError('--with_prior_preservation needs --class_prompt, such as "a photo of a shoe".')
+    if config.with_prior_preservation and not config.prompts_of_class():
+        raise InputError(
+            '--with_prior_preservation needs --class_prompt, such as "a photo of a shoe", or --class_prompts.'
+        )
     training_precision(config.mixed_precision)
     if config.objective == "consistency":
         knot_timesteps(config.distill_knots)

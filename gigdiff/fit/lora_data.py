@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from gigdiff import rng
 from gigdiff.data import ProductDataset, load_products
@@ -126,19 +127,26 @@ def class_folder(config: LoraConfig) -> Path:
 
 
 def draw_class_photos(generator: Any, config: LoraConfig) -> None:
-    """Fill the folder up to --num_class_images pictures of --class_prompt, drawn by the base model, one by one."""
-    assert config.class_prompt
-    folder = class_folder(config)
+    """Fill the folder up to --num_class_images pictures, drawn by the base model, one by one: the k-th is of the k-th
+    class prompt, in turn, with seed k."""
+    folder, prompts = class_folder(config), config.prompts_of_class()
     for seed in range(len(sorted(folder.glob("*.png"))), config.num_class_images):
-        result = generator.generate(GenerationRequest((config.class_prompt,), (seed,)))
+        result = generator.generate(GenerationRequest((prompts[seed % len(prompts)],), (seed,)))
         save_image(folder / f"class-{seed:06d}.png", result.images[0], metadata(result, 0), overwrite=True)
 
 
 def read_class_photos(config: LoraConfig) -> ProductDataset:
+    """The folder's pictures, each with the prompt that its file says it was drawn for; files of one's own, which say
+    nothing, with the class prompts in turn."""
     import datasets
 
-    files = [str(path) for path in sorted(class_folder(config).glob("*.png"))][: config.num_class_images]
-    return load_products(datasets.Dataset.from_dict({"image": files, "caption": [config.class_prompt] * len(files)}))
+    files = sorted(class_folder(config).glob("*.png"))[: config.num_class_images]
+    prompts, captions = config.prompts_of_class(), []
+    for k, file in enumerate(files):
+        with Image.open(file) as picture:
+            captions.append(picture.info.get("prompt") or prompts[k % len(prompts)])
+    rows = {"image": [str(file) for file in files], "caption": captions}
+    return load_products(datasets.Dataset.from_dict(rows))
 
 
 @dataclasses.dataclass(frozen=True)

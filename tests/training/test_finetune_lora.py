@@ -24,7 +24,7 @@ from gigdiff import lora as L
 from gigdiff.errors import DataError, GigdiffError, InputError, NumericalError
 from gigdiff.fit.families import FAMILIES as FAMILY_TABLE
 from gigdiff.fit.lora_config import LoraConfig
-from gigdiff.fit.lora_data import make_batch, read_photos
+from gigdiff.fit.lora_data import make_batch, read_class_photos, read_photos
 
 ROOT = Path(__file__).parents[2]
 
@@ -265,6 +265,18 @@ def test_prior_preservation_draws_what_is_missing_and_trains_on_it(config: Any) 
     assert all((folder / name).read_bytes() == data for name, data in drawn.items())
     F.finetune(dataclasses.replace(config, prior_loss_weight=0.0))
     assert losses(config.output_dir)[0]["loss"] < with_prior[0]["loss"]
+
+
+def test_prior_preservation_of_several_prompts_pairs_each_picture_with_its_own(config: Any, tmp_path: Path) -> None:
+    config = short(config, with_prior_preservation=True, class_prompts=("red box", "blue ball"), num_class_images=3)
+    F.finetune(config)
+    assert [record.captions[0] for record in read_class_photos(config).records()] == ["red box", "blue ball", "red box"]
+    # A picture goes on being of the prompt that it was drawn for, whatever is asked for now.
+    other = dataclasses.replace(config, class_prompts=("green hat",), class_prompt="black shoe", num_class_images=5)
+    F.finetune(other)
+    assert [record.captions[0] for record in read_class_photos(other).records()] == [
+        "red box", "blue ball", "red box", "green hat", "black shoe",
+    ]  # fmt: skip
 
 
 def test_caption_dropout_and_captions_work_with_the_cache(config: Any) -> None:
