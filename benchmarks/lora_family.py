@@ -1,17 +1,23 @@
 """Does a LoRA teach a model a product family that it has never seen, and what does that cost the families it knows?
 
-    python benchmarks/lora_family.py --base runs/no_sarees/model --article_type Sarees --output runs/lora_family.json
+    python benchmarks/lora_family.py --write_data_without data/no_sunglasses --article_type Sunglasses
+    accelerate launch training/train_diffusion.py --train_data_dir data/no_sunglasses --output_dir runs/no_sunglasses
+    python benchmarks/lora_family.py --base runs/no_sunglasses/model --article_type Sunglasses \
+        --config configs/lora_new_family.yaml --output runs/lora_family.json
 
-Takes 100 training photos of one article type, fine-tunes finetune_lora.py's config on them, and reads the article type
-off what is drawn, with the shipped probe, before and after: for short prompts of validation products of the new family,
-and of all the others. The test is only honest on a base that was trained without the family; this script can't tell.
+Takes 100 training photos of one article type, fine-tunes a config of finetune_lora.py on them (class prompts that name
+the family left out), and reads the article type off what is drawn, with the shipped probe, before and after: for short
+prompts of validation products of the new family, and of all the others. The test is only honest on a base that was
+trained without the family; the first command writes the catalogue for that.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -19,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from PIL import Image
+from pyarrow import parquet
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
@@ -29,6 +37,7 @@ from finetune_lora import DEFAULT_CONFIG, finetune  # noqa: E402
 import gigdiff  # noqa: E402
 from gigdiff.data import ProductDataset, load_products  # noqa: E402
 from gigdiff.data.captions import short_prompt  # noqa: E402
+from gigdiff.data.vocabulary import ARTICLE_SYNONYMS, ARTICLE_WORDS  # noqa: E402
 from gigdiff.errors import GigdiffError, InputError, nearest  # noqa: E402
 from gigdiff.evaluation import choose_products, default_data_dir, load_images  # noqa: E402
 from gigdiff.fit.config import parse_config  # noqa: E402
@@ -41,6 +50,26 @@ COLUMNS = {
     "category": "articleType", "colour": "baseColour", "gender": "gender", "usage": "usage",
     "name": "productDisplayName", "season": "season",
 }  # fmt: skip
+
+
+def names(text: str, article_type: str) -> bool:
+    """Whether a text names the article type, in any of the words that captions have for it."""
+    words = [article_type, ARTICLE_WORDS.get(article_type, ""), *ARTICLE_SYNONYMS.get(article_type, ())]
+    stems = {stem for word in words if word for stem in (word, word.removesuffix("s"), word.removesuffix("es"))}
+    return re.search(rf"\b({'|'.join(map(re.escape, sorted(stems)))})(s|es)?\b", text, re.IGNORECASE) is not None
+
+
+def write_without(data_dir: Path, article_type: str, out: Path) -> None:
+    """The catalogue's Parquet files less the type: its photos, and those of others whose name says it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(data_dir.glob("*.parquet")):
+        table = parquet.read_table(file)
+        named = zip(table["articleType"].to_pylist(), table["productDisplayName"].to_pylist(), strict=True)
+        keep = [kind != article_type and not names(name or "", article_type) for kind, name in named]
+        if file.name.startswith("validation"):  # held-out loss only; the test itself reads the whole catalogue
+            keep = [True] * len(keep)
+        parquet.write_table(table.filter(pyarrow.array(keep)), out / file.name)
+        print(f"{out / file.name}: {sum(keep):,} of {len(keep):,} photos")
 
 
 def photos_of(data: ProductDataset, article_type: str, known: bool, count: int) -> ProductDataset:
@@ -94,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="mini", help="a model that has never seen the family")
     parser.add_argument("--article_type", required=True)
+    parser.add_argument("--write_data_without", type=Path, help="write the catalogue without the type here; no more")
     parser.add_argument("--photos", type=int, default=100)
     parser.add_argument("--count", type=int, default=300, help="pictures of other families, and at most of the new one")
     parser.add_argument("--data_dir", type=Path, default=default_data_dir())
@@ -103,6 +133,9 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, help="default: a temporary folder")
     parser.add_argument("--output", help="JSON report; the pictures lie beside it")
     arguments = parser.parse_args()
+    if arguments.write_data_without is not None:
+        write_without(arguments.data_dir, arguments.article_type, arguments.write_data_without)
+        return
     work = arguments.work_dir or Path(tempfile.mkdtemp(prefix="lora-family-"))
 
     train = load_products(arguments.data_dir, split="train")
@@ -120,7 +153,9 @@ def main() -> None:
         name, _, value = pair.partition("=")
         flags += [f"--{name}", value]
     started = time.monotonic()
-    result = finetune(parse_config(LoraConfig, "a run", flags))
+    config = parse_config(LoraConfig, "a run", flags)
+    kept = tuple(prompt for prompt in config.class_prompts if not names(prompt, arguments.article_type))
+    result = finetune(dataclasses.replace(config, class_prompts=kept))
     seconds = time.monotonic() - started
     after = {
         "new": accuracy(generator, new, result["lora"], arguments),

@@ -257,9 +257,9 @@ def _slug(prompt: str) -> str:
     return f"{slug}-image" if slug in RESERVED else slug
 
 
-@cli.group(short_help="Convert, merge and inspect LoRA files.")
+@cli.group(short_help="Convert, merge, extract and inspect LoRA files.")
 def lora() -> None:
-    """Convert, merge and inspect LoRA files."""
+    """Convert, merge, extract and inspect LoRA files."""
 
 
 @lora.command(short_help="Between diffusers' and kohya's format.")
@@ -299,6 +299,20 @@ def merge(
 
     files, strengths = check_loras(loras, scales if len(scales) > 1 else (scales or (1.0,))[0])
     click.echo(f"{fold(model, files, strengths, output, dtype)}")
+
+
+@lora.command(short_help="What a fine-tuned model has over its base, as a LoRA.")
+@click.option("-m", "--model", required=True, help="The fine-tuned model: a name, folder or hub id.")
+@click.option("--base", required=True, help="What it was tuned from.")
+@click.option("--rank", type=int, default=32, show_default=True, help="The higher, the nearer and the larger.")
+@click.option("-o", "--output", required=True, help="The file to write.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def extract(model: str, base: str, rank: int, output: str, verbose: bool) -> None:
+    """Write the LoRA of a given rank that is nearest to a fully fine-tuned model."""
+    from gigdiff import lora as files
+
+    path, share = files.extract(model, base, output, rank)
+    click.echo(f"{path} holds {share:.1%} of the squared difference of {model} and {base}")
 
 
 @lora.command(short_help="Show what a LoRA file holds.")

@@ -552,6 +552,91 @@ def merge(
     return out
 
 
+@torch.no_grad()
+def fold_file(model: nn.Module, lora: LoraFile, part: str) -> None:
+    """Add a file's layers for `part` to a model's weights, W <- W + s B A, without peft: a plain model stays plain.
+
+    Raises:
+        ModelMismatchError: it does not fit; ModelMismatchError too for DoRA, which is no sum.
+    """
+    check_fits(lora, {part: model}, part)
+    if lora.configs[part].get("use_dora"):
+        raise ModelMismatchError(f"lora '{lora.path}' is DoRA: merge it with `gigdiff lora merge`")
+    modules, scales = dict(model.named_modules()), lora.scales()
+    for name in lora.modules(part):
+        down, up = (lora.tensors[f"{part}.{name}.lora_{x}.weight"].float().flatten(1) for x in "AB")
+        weight = modules[name].weight
+        weight += scales[f"{part}.{name}"] * (up @ down).view(weight.shape).to(weight)  # type: ignore[operator, union-attr, arg-type]
+
+
+@torch.no_grad()
+def extract(
+    model: str | os.PathLike[str], base: str | os.PathLike[str], output: str | os.PathLike[str], rank: int
+) -> tuple[Path, float]:
+    """Write what a fine-tuned model's UNet or transformer has over its base as a LoRA file of `rank`.
+
+    Of each linear and convolution layer the LoRA holds the `rank` greatest terms of the singular value decomposition of
+    the difference, which no other matrix of that rank comes nearer to (Eckart and Young 1936). Biases and norms have
+    no place in a LoRA and stay the base's.
+
+    Args:
+        model, base: names, folders or hub ids of one architecture.
+        output: the file. rank: at least 1.
+
+    Returns:
+        The file, and the share of the squared difference that it holds.
+
+    Raises:
+        InputError: rank below 1. ModelMismatchError: two architectures, or no difference. As `gigdiff.load`.
+    """
+    from gigdiff.generators.loading import load
+
+    if rank < 1:
+        raise InputError(f"--rank {rank}: a rank of 1 or more is allowed")
+    tuned, first = (load(name, device="cpu", dtype="float32") for name in (model, base))
+    part = next(part for part in TRUNKS if part in first.slots.parts)  # type: ignore[attr-defined]
+    ours, theirs = (dict(one.slots.parts.get(part, nn.Module()).named_parameters()) for one in (tuned, first))  # type: ignore[attr-defined]
+    if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
+        raise ModelMismatchError(f"{model} and {base} are of two architectures: their {part}s have other weights")
+    layers = {
+        name
+        for name, layer in first.slots.parts[part].named_modules()  # type: ignore[attr-defined]
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (not isinstance(layer, nn.Conv2d) or layer.groups == 1)
+    }
+    tensors: dict[str, Tensor] = {}
+    whole = kept = 0.0
+    for name, weight in ours.items():
+        difference = weight.float() - theirs[name].float()
+        whole += difference.square().sum().item()
+        layer = name.removesuffix(".weight")
+        if layer not in layers or not difference.any():
+            continue
+        u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+        u, s, v = u[:, :rank], s[:rank], v[:rank]
+        kept += s.square().sum().item()
+        root, convolution = s.sqrt(), difference.ndim == 4
+        up, down = u * root, root[:, None] * v
+        tensors[f"{part}.{layer}.lora_A.weight"] = (
+            down.view(-1, *difference.shape[1:]) if convolution else down
+        ).contiguous()
+        tensors[f"{part}.{layer}.lora_B.weight"] = (up[:, :, None, None] if convolution else up).contiguous()
+    if not tensors:
+        raise ModelMismatchError(f"{model} and {base} have the same {part}: there is nothing to extract")
+    alphas = {
+        key.removesuffix(".lora_A.weight"): float(tensor.shape[0])
+        for key, tensor in tensors.items()
+        if ".lora_A." in key
+    }
+    about = {
+        "base_model": str(base),
+        "base_hash": base_hash(first.folder, part),  # type: ignore[attr-defined]
+        "extracted_from": str(model),
+        "share": round(kept / whole, 4),
+    }
+    half = {key: tensor.half() for key, tensor in tensors.items()}
+    return save_lora(output, half, lora_header(_configs_of(half, alphas), about)), kept / whole
+
+
 def _fold(model: nn.Module) -> None:
     """Fold the active adapters into the weights and take peft's layers out."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,16 +1,21 @@
-"""gigdiff lora convert | merge | inspect, and several --lora of `generate`."""
+"""gigdiff lora convert | merge | extract | inspect, and several --lora of `generate`."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import gigdiff
 from gigdiff import lora
 from gigdiff.cli import main
+from gigdiff.errors import ModelMismatchError
+from gigdiff.generators import diffusion
 from gigdiff.generators.diffusion import DiffusionGenerator
 from gigdiff.provenance import read
 
@@ -68,3 +73,50 @@ def test_merge_and_draw(
         == 0
     )
     assert read(out)["lora"] == f"{files[0]} at 1\n{files[1]} at 0.5"
+
+
+def drawn(model: Path, **more: str) -> np.ndarray:
+    generator = gigdiff.load(str(model), device="cpu", dtype="float32")
+    return np.asarray(gigdiff.generate("red coat", model=generator, seed=2, upscale=False, **more)).astype(int)  # type: ignore[arg-type]
+
+
+def test_what_was_merged_is_extracted_again(
+    files: list[Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged, file = tmp_path / "merged", tmp_path / "extracted.safetensors"
+    lora.merge(str(tiny_model), [str(files[0])], [1.0], merged, dtype="float32")
+    assert main(["lora", "extract", "-m", str(merged), "--base", str(tiny_model), "--rank", "2", "-o", str(file)]) == 0
+    assert "holds 100.0%" in capsys.readouterr().out
+    found = lora.read_lora(file)
+    assert set(found.modules("unet")) == set(lora.read_lora(files[0]).modules("unet"))
+    assert abs(drawn(tiny_model, lora=str(file)) - drawn(merged)).max() <= 1
+    assert abs(drawn(tiny_model) - drawn(merged)).max() > 20, "the LoRA does something"
+    _, share = lora.extract(merged, tiny_model, tmp_path / "less.safetensors", 1)
+    assert 0.3 < share < 0.99
+    with pytest.raises(ModelMismatchError, match="nothing to extract"):
+        lora.extract(tiny_model, tiny_model, tmp_path / "none.safetensors", 1)
+    assert main(["lora", "extract", "-m", str(merged), "--base", str(tiny_model), "--rank", "0", "-o", str(file)]) == 1
+    assert "--rank 0" in capsys.readouterr().err
+
+
+def test_a_model_may_be_a_lora_on_another_ones_unet(
+    files: list[Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, merged, folder = (tmp_path / name for name in ("mini", "merged", "folder"))
+    shutil.copytree(tiny_model, base)
+    monkeypatch.setattr(diffusion, "folder_of", lambda name: tmp_path / name)
+    lora.merge(str(base), [str(files[0])], [1.0], merged, dtype="float32")
+    shutil.copytree(base, folder)
+    shutil.rmtree(folder / "unet")
+    (folder / "gigdiff.json").write_text(
+        json.dumps(json.loads((base / "gigdiff.json").read_text()) | {"unet_of": "mini"})
+    )
+    lora.extract(merged, base, folder / "unet" / lora.WEIGHTS_NAME, 2)
+    assert abs(drawn(folder) - drawn(merged)).max() <= 1
+
+    tensors = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    lora.save_lora(base / "unet" / "diffusion_pytorch_model.safetensors", {k: v + 1 for k, v in tensors.items()}, {})
+    lora.base_hash.cache_clear()
+    with pytest.raises(ModelMismatchError, match=r'a LoRA on other weights .* than those of "mini"'):
+        drawn(folder)
+    lora.base_hash.cache_clear()

@@ -24,7 +24,9 @@ from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNo
 from gigdiff.fit.config import parse_config
 from gigdiff.generators.diffusion import load_unet, save_folder
 from gigdiff.generators.shared_vae import autoencoder_of, latent_space_of, same_encoder
+from gigdiff.lora import WEIGHTS_NAME, extract
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
+from gigdiff.pretrained import EMBEDDED, folder_of
 
 #: Scores of a report that go onto the card, and what they are called there.
 SCORES = {
@@ -41,6 +43,8 @@ class PackageConfig:
     Args:
         unet_run: run folder of train_diffusion.py or distill.py, with model/.
         shared_vae: embedded model whose autoencoder it draws through, so that the decoder is stored once.
+        unet_of: embedded model that the run went on from: the difference is stored, as a LoRA, in place of a UNet.
+        rank: of that LoRA.
         vae: autoencoder folder; its encoder must be the one that the UNet was trained with. Default: the run's own.
         output_dir: the model folder to write.
         num_inference_steps: default steps.
@@ -54,6 +58,8 @@ class PackageConfig:
 
     unet_run: str = "runs/diffusion_mini"
     shared_vae: str | None = None
+    unet_of: str | None = None
+    rank: int = 32
     vae: str | None = None
     output_dir: str = "gigdiff/pretrained/mini"
     num_inference_steps: int = 20
@@ -108,10 +114,16 @@ def model_card(
         )
         what = f"from a description\nin {config.num_inference_steps} steps, distilled from `{teacher}`"
     decoder = "`vae/`: gigdiff's ProductAutoencoder"
+    network = "diffusers' UNet2DConditionModel, v-prediction"
+    if config.unet_of is not None:
+        network = f"a LoRA on the UNet of `{config.unet_of}`, folded in when it is loaded"
     stock = "from_pretrained(folder, text_encoder=None, tokenizer=None)"
     if config.shared_vae is not None:
         decoder = f"The autoencoder is that of `{config.shared_vae}` (stored there)"
         stock = "from_pretrained(folder, vae=load_autoencoder(...), text_encoder=None, tokenizer=None)"
+    how = "reads this folder too"
+    if config.unet_of is not None:
+        how = f'draws the same by `load_lora_weights("{name}/unet")` on `{config.unet_of}`\'s folder'
     return f"""---
 license: apache-2.0
 library_name: gigdiff
@@ -127,10 +139,10 @@ small enough to run on a CPU: {parameters / 1e6:.1f} M parameters, not counting 
     import gigdiff
     gigdiff.generate("red wool coat", model="{name}")
 
-- **Parts.** `unet/`: diffusers' UNet2DConditionModel, v-prediction. {decoder}, 8x8
+- **Parts.** `unet/`: {network}. {decoder}, 8x8
   pixels to {channels} channels. `scheduler/`: {solver}. Stored in float16.
 - **Defaults.** {defaults}.
-- **Stock diffusers** reads this folder too, with prompt embeddings from gigdiff:
+- **Stock diffusers** {how}, with prompt embeddings from gigdiff:
   `StableDiffusionPipeline.{stock}(prompt_embeds=..., ...)`.
 
 ## Data
@@ -159,7 +171,7 @@ it between: docs/evaluation.md.
   products in one picture, and materials (seldom named in the data) are weak.
 - Models in the photos are of the shop's own choice; it repeats their looks. Do not use it to depict real people.
 - Pictures are synthetic: saved files carry the IPTC marking `trainedAlgorithmicMedia`; leave it in.
-- Not measured on a GPU.
+- Speed and quality were measured on a CPU.
 """
 
 
@@ -201,7 +213,15 @@ def main(argv: list[str] | None = None) -> None:
         "guidance_scale": config.guidance_scale,
         "guidance_interval": [config.guidance_low, config.guidance_high],
     }
-    out = save_folder(config.output_dir, unet, stored, scheduler, card)
+    if config.unet_of is not None:
+        if config.unet_of not in EMBEDDED:
+            raise InputError(f"--unet_of {config.unet_of} is no embedded model; known: {', '.join(EMBEDDED)}")
+        card["unet_of"] = config.unet_of
+        out = save_folder(config.output_dir, None, stored, scheduler, card)
+        _, share = extract(source, folder_of(config.unet_of), out / "unet" / WEIGHTS_NAME, config.rank)
+        print(f"the LoRA holds {share:.3f} of the squared difference to {config.unet_of}", file=sys.stderr)
+    else:
+        out = save_folder(config.output_dir, unet, stored, scheduler, card)
     text = model_card(config, out.name, vae.config["latent_channels"], card, type(scheduler).__name__, reports)
     (out / "README.md").write_text(text, encoding="utf-8")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())

@@ -110,7 +110,7 @@ it between: docs/evaluation.md.
   are weak.
 - Models in the photos are of the shop's own choice; it repeats their looks. Do not use it to depict real people.
 - Pictures are synthetic: saved files carry the IPTC marking `trainedAlgorithmicMedia`; leave it in.
-- Not measured on a GPU.
+- Speed and quality were measured on a CPU.
 """
 
 

@@ -29,16 +29,17 @@ from gigdiff.exactness import PerSampleLinear, rows_stand_alone
 from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
 from gigdiff.generators.shared_vae import autoencoder_of
 from gigdiff.images import to_model, to_pil, to_uint8
-from gigdiff.lora import AdapterSlots
+from gigdiff.lora import WEIGHTS_NAME, AdapterSlots, base_hash, fold_file, read_lora
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.saving import save_network
 from gigdiff.openvino_backend import PRECISIONS, compiled, default_precision, imported
 from gigdiff.packing import pack
 from gigdiff.precision import embedded_dtype
+from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.schedulers import build_scheduler, possible_schedulers
 from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
 
-__all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder"]
+__all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder", "unet_of"]
 
 OnStep = Callable[[int, int], None]
 RECENT_TEXTS = 256
@@ -158,7 +159,7 @@ class DiffusionGenerator:
             ]
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFoundError(f"{folder} is not a gigdiff model folder: {error}") from error
-        unet = load_unet(folder / "unet")
+        unet = unet_of(folder, card)
         vae = autoencoder_of(folder, card)
         scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder / "scheduler")
         encoder = load_text_encoder(card.get("text_encoder", "minilm"), str(device))
@@ -777,6 +778,27 @@ def load_unet(folder: str | Path) -> Any:
         raise ModelMismatchError(f"{folder} does not load as a UNet2DConditionModel: {str(error)[:300]}") from error
 
 
+def unet_of(folder: Path, card: dict[str, Any]) -> Any:
+    """A model folder's own UNet, or that of the embedded model which its card names as `unet_of`, with the LoRA in the
+    folder's unet/ folded in: another model for a fifth of the size.
+
+    Raises:
+        ModelNotFoundError: a part is missing. ModelMismatchError: the LoRA is of other weights than that model's.
+    """
+    base = card.get("unet_of")
+    if base is None:
+        return load_unet(folder / "unet")
+    if base not in EMBEDDED:
+        raise ModelMismatchError(f'{folder} is a LoRA on the UNet of "{base}", which is no embedded model')
+    lora = read_lora(folder / "unet" / WEIGHTS_NAME)
+    there, here = lora.about.get("base_hash"), base_hash(folder_of(base), "unet")
+    if there != here:
+        raise ModelMismatchError(f'{folder} is a LoRA on other weights ({there}) than those of "{base}" ({here})')
+    unet = load_unet(folder_of(base) / "unet")
+    fold_file(unet, lora, "unet")
+    return unet
+
+
 def save_folder(
     folder: str | Path,
     unet: Any,
@@ -792,14 +814,15 @@ def save_folder(
 
     Args:
         folder: where; it must not exist, or be a model folder to replace.
-        unet, vae, scheduler: the parts. vae None: the card names a `shared_vae` (gigdiff.generators.shared_vae); a
+        unet, vae, scheduler: the parts. unet None: the card names a `unet_of`, and the LoRA is the caller's to put
+            into unet/. vae None: the card names a `shared_vae` (gigdiff.generators.shared_vae); a
             stock pipeline is then given it, `from_pretrained(folder, vae=load_autoencoder(...), ...)`.
         card: content of gigdiff.json, see gigdiff.pretrained.
         half: store weights in float16.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"unet": unet} | ({} if vae is None else {"vae": vae})
+    parts = {name: part for name, part in (("unet", unet), ("vae", vae)) if part is not None}
     for part, model in parts.items():
         stored: Any = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
         save_network(torch.nn.Module.half(stored) if half else stored, folder / part)
@@ -814,7 +837,7 @@ def save_folder(
         "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": [None, None],
         "tokenizer": [None, None],
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        "unet": [None, None] if unet is None else ["diffusers", "UNet2DConditionModel"],
         "vae": [None, None] if vae is None else ["gigdiff.models.autoencoder", "ProductAutoencoder"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

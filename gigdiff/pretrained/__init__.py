@@ -14,6 +14,10 @@ and where it draws through another embedded model's autoencoder:
     shared_vae     that model
     latent_space   hash of the encoder it was trained on, see gigdiff.generators.shared_vae
 
+and where its UNet is a LoRA on another embedded model's:
+
+    unet_of        that model; the LoRA is unet/pytorch_lora_weights.safetensors
+
 and for "gan" and "vae":
 
     truncation     default of that control
@@ -32,6 +36,7 @@ __all__ = ["EMBEDDED", "UPSCALERS", "card", "folder_of", "size_on_disk"]
 EMBEDDED: dict[str, str] = {
     "mini": "latent diffusion, 80 x 64 (height x width)",
     "mini-turbo": "mini in 4 steps without guidance passes",
+    "mini-flash": "mini in a single step: quicker still, and more often wrong",
     "mini-gan": "a GAN, one pass, through mini's decoder",
 }
 
