@@ -217,8 +217,9 @@ def main(argv: list[str] | None = None) -> None:
         if config.unet_of not in EMBEDDED:
             raise InputError(f"--unet_of {config.unet_of} is no embedded model; known: {', '.join(EMBEDDED)}")
         card["unet_of"] = config.unet_of
+        lora = Path(config.output_dir) / "unet" / WEIGHTS_NAME
+        _, share = extract(source, folder_of(config.unet_of), lora, config.rank)
         out = save_folder(config.output_dir, None, stored, scheduler, card)
-        _, share = extract(source, folder_of(config.unet_of), out / "unet" / WEIGHTS_NAME, config.rank)
         print(f"the LoRA holds {share:.3f} of the squared difference to {config.unet_of}", file=sys.stderr)
     else:
         out = save_folder(config.output_dir, unet, stored, scheduler, card)

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gigdiff
 from gigdiff.errors import InputError, ModelMismatchError, ModelNotFoundError
+from gigdiff.generators import diffusion
 from gigdiff.models.autoencoder import ProductAutoencoder
 
 _spec = importlib.util.spec_from_file_location(
@@ -77,6 +79,36 @@ def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
         package_model.main(
             ["--unet_run", str(run), "--vae", str(tmp_path / "other"), "--output_dir", str(tmp_path / "o")]
         )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_that_went_on_from_an_embedded_model_is_stored_as_a_lora_on_it(
+    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (package_model, diffusion):
+        monkeypatch.setattr(module, "folder_of", lambda name: tiny_model)
+    file = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    torch.manual_seed(0)
+    for name, tensor in tensors.items():  # by something of rank one, as fine-tuning might
+        if name.endswith(("to_q.weight", "conv1.weight")):
+            flat = tensor.flatten(1)
+            change = torch.outer(torch.randn(flat.shape[0]), torch.randn(flat.shape[1])) / flat.shape[1] ** 0.5
+            tensors[name] = tensor + change.view(tensor.shape).to(tensor)
+    save_file(tensors, file, metadata={"format": "pt"})
+    out, asked = tmp_path / "out", {"seed": 0, "num_inference_steps": 2}
+    package_model.main(["--unet_run", str(run), "--unet_of", "mini", "--rank", "1", "--output_dir", str(out)])
+    assert [path.name for path in (out / "unet").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert "a LoRA on the UNet of `mini`" in (out / "README.md").read_text()
+
+    def drawn(folder: Path) -> np.ndarray:
+        model = gigdiff.load(str(folder), device="cpu", dtype="float32")
+        return np.asarray(gigdiff.generate("red coat", model=model, upscale=False, **asked)).astype(int)  # type: ignore[call-overload]
+
+    assert abs(drawn(out) - drawn(run / "model")).max() <= 3
+    assert abs(drawn(out) - drawn(tiny_model)).max() > 20
+    with pytest.raises(InputError, match="--unet_of nobody is no embedded model"):
+        package_model.main(["--unet_run", str(run), "--unet_of", "nobody", "--output_dir", str(tmp_path / "o")])
     assert not (tmp_path / "o").exists()
 
 
