@@ -594,13 +594,13 @@ def extract(
     if rank < 1:
         raise InputError(f"--rank {rank}: a rank of 1 or more is allowed")
     tuned, first = (load(name, device="cpu", dtype="float32") for name in (model, base))
-    part = next(part for part in TRUNKS if part in first.slots.parts)  # type: ignore[attr-defined]
-    ours, theirs = (dict(one.slots.parts.get(part, nn.Module()).named_parameters()) for one in (tuned, first))  # type: ignore[attr-defined]
+    (part, own), (_, other) = (_trunk_of(one) for one in (first, tuned))
+    ours, theirs = dict(other.named_parameters()), dict(own.named_parameters())
     if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
         raise ModelMismatchError(f"{model} and {base} are of two architectures: their {part}s have other weights")
     layers = {
         name
-        for name, layer in first.slots.parts[part].named_modules()  # type: ignore[attr-defined]
+        for name, layer in own.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d) and (not isinstance(layer, nn.Conv2d) or layer.groups == 1)
     }
     tensors: dict[str, Tensor] = {}
@@ -628,13 +628,22 @@ def extract(
         if ".lora_A." in key
     }
     about = {
-        "base_model": str(base),
-        "base_hash": base_hash(first.folder, part),  # type: ignore[attr-defined]
-        "extracted_from": str(model),
+        "base_model": first.name,
+        "base_hash": base_hash(first.folder, part),
+        "extracted_from": tuned.name,
         "share": round(kept / whole, 4),
     }
     half = {key: tensor.half() for key, tensor in tensors.items()}
     return save_lora(output, half, lora_header(_configs_of(half, alphas), about)), kept / whole
+
+
+def _trunk_of(generator: Any) -> tuple[str, nn.Module]:
+    """("unet" or "transformer", it) of a diffusion model. Raises ModelMismatchError for any other."""
+    parts = generator.slots.parts if hasattr(generator, "slots") else {}
+    for part in TRUNKS:
+        if part in parts:
+            return part, parts[part]
+    raise ModelMismatchError(f"{generator.name} is no diffusion model: there is no UNet or transformer to compare")
 
 
 def _fold(model: nn.Module) -> None:

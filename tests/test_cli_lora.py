@@ -95,6 +95,8 @@ def test_what_was_merged_is_extracted_again(
     assert 0.3 < share < 0.99
     with pytest.raises(ModelMismatchError, match="nothing to extract"):
         lora.extract(tiny_model, tiny_model, tmp_path / "none.safetensors", 1)
+    with pytest.raises(ModelMismatchError, match="mini-gan is no diffusion model"):
+        lora.extract("mini-gan", tiny_model, tmp_path / "none.safetensors", 1)
     assert main(["lora", "extract", "-m", str(merged), "--base", str(tiny_model), "--rank", "0", "-o", str(file)]) == 1
     assert "--rank 0" in capsys.readouterr().err
 
