@@ -557,7 +557,7 @@ def fold_file(model: nn.Module, lora: LoraFile, part: str) -> None:
     """Add a file's layers for `part` to a model's weights, W <- W + s B A, without peft: a plain model stays plain.
 
     Raises:
-        ModelMismatchError: it does not fit; ModelMismatchError too for DoRA, which is no sum.
+        ModelMismatchError: it does not fit, or it is DoRA, which is no sum.
     """
     check_fits(lora, {part: model}, part)
     if lora.configs[part].get("use_dora"):

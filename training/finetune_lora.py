@@ -171,9 +171,6 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
             return [[config.instance_prompt]] * len(photos)
         return [captions_of(record, config.captions_per_image, config.seed) for record in photos.records()]
 
-    def captions_of_class(pictures: ProductDataset) -> list[list[str]]:
-        return [list(record.captions) for record in pictures.records()]
-
     encoded = {"train": encode_photos(generator, family, config, train_photos, captions(train_photos), share)}
     if held_photos is not None:
         encoded["held-out"] = encode_photos(generator, family, config, held_photos, captions(held_photos), share)
@@ -182,7 +179,8 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
             draw_class_photos(generator, config)
         accelerator.wait_for_everyone()
         pictures = read_class_photos(config)
-        encoded["class"] = encode_photos(generator, family, config, pictures, captions_of_class(pictures), share)
+        drawn_for = [list(record.captions) for record in pictures.records()]
+        encoded["class"] = encode_photos(generator, family, config, pictures, drawn_for, share)
     accelerator.wait_for_everyone()
     for data in encoded.values():
         data.refresh()

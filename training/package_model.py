@@ -114,15 +114,13 @@ def model_card(
         )
         what = f"from a description\nin {config.num_inference_steps} steps, distilled from `{teacher}`"
     decoder = "`vae/`: gigdiff's ProductAutoencoder"
-    network = "diffusers' UNet2DConditionModel, v-prediction"
-    if config.unet_of is not None:
-        network = f"a LoRA on the UNet of `{config.unet_of}`, folded in when it is loaded"
     stock = "from_pretrained(folder, text_encoder=None, tokenizer=None)"
     if config.shared_vae is not None:
         decoder = f"The autoencoder is that of `{config.shared_vae}` (stored there)"
         stock = "from_pretrained(folder, vae=load_autoencoder(...), text_encoder=None, tokenizer=None)"
-    how = "reads this folder too"
+    network, how = "diffusers' UNet2DConditionModel, v-prediction", "reads this folder too"
     if config.unet_of is not None:
+        network = f"a LoRA on the UNet of `{config.unet_of}`, folded in when it is loaded"
         how = f'draws the same by `load_lora_weights("{name}/unet")` on `{config.unet_of}`\'s folder'
     return f"""---
 license: apache-2.0

@@ -38,7 +38,7 @@ EMBEDDED: dict[str, str] = {
     "mini-turbo": "mini in 4 steps without guidance passes",
     "mini-flash": "mini in a single step: quicker still, and more often wrong",
     "mini-gan": "a GAN, one pass, through mini's decoder",
-    "mini-vae": "a VAE, one pass, through mini's decoder: a baseline, not to be sold with",
+    "mini-vae": "a VAE, one pass, through mini's decoder: a baseline to compare with",
 }
 
 
