@@ -110,7 +110,14 @@ def ours(
         raise NotHere(f"not available: {' '.join(str(error).split())}") from error
     prompts, seeds = asked(batch)
     request = GenerationRequest(tuple(prompts), tuple(seeds), num_inference_steps=steps, guidance_scale=guidance_scale)
-    return lambda: generator.generate(request).images
+
+    def draw() -> np.ndarray:
+        # A user's next prompts are others. That of no text comes back with each, and is remembered.
+        for prompt in prompts:
+            generator._recent.pop(prompt, None)  # type: ignore[attr-defined]
+        return generator.generate(request).images
+
+    return draw
 
 
 def photos(args: Namespace) -> tuple[ProductDataset, str]:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 import gigdiff
 from gigdiff import attention
 from gigdiff.attention import KERNELS, available_backends, set_attention
+from gigdiff.cuda_graphs import GraphedNetwork
 from gigdiff.models.upscaler import ProductUpscaler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -184,6 +186,68 @@ def test_a_picture_is_the_one_that_the_cpu_draws(tiny_model: Path, dtype: str, l
     there = gigdiff.generate("red coat", model=gigdiff.load(str(tiny_model), device="cpu", dtype="float32"), **settings)
     here = gigdiff.generate("red coat", model=gigdiff.load(str(tiny_model), device="cuda", dtype=dtype), **settings)
     assert all(psnr(a, b) > least for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_gives_what_its_network_gives_at_each_shape(dtype: Any) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 3)).cuda()
+    graphed = GraphedNetwork(network.eval(), dtype)
+    graphed.refresh()
+    least = 1e-6 if dtype == torch.float32 else 2e-2
+    for size in (1, 4, 1, 2, 4, 1):  # in turn: one recording must not write over another's output
+        x = torch.randn(size, 3, 8, 8).cuda()
+        first = graphed(x)
+        kept = first.clone()
+        assert relative(first, network(x)) < least
+        graphed(torch.randn(size, 3, 8, 8))  # from the CPU, too
+        assert torch.equal(first, kept)
+    assert len(graphed._recorded) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_changed_are_drawn_with(tiny_model: Path, dtype: str) -> None:
+    """Previews in training draw with weights that an optimizer changes in place."""
+    settings = {"seed": 3, "num_images_per_prompt": 2, "upscale": False}
+    generator: Any = gigdiff.load(str(tiny_model), device="cuda", dtype=dtype)
+    before = gigdiff.generate("red coat", model=generator, **settings)
+    assert generator._graphed[0]._recorded and generator._graphed[1]._recorded
+    with torch.no_grad():
+        for x in generator.unet.parameters():
+            x.mul_(1.1)
+    changed = gigdiff.generate("red coat", model=generator, **settings)
+    assert np.abs(np.asarray(changed[0], float) - np.asarray(before[0], float)).max() > 0
+    with torch.no_grad():
+        for x in generator.unet.parameters():
+            x.div_(1.1)
+    again = gigdiff.generate("red coat", model=generator, **settings)
+    assert all(psnr(a, b) > 45 for a, b in zip(again, before, strict=True))
+
+
+def test_a_lora_is_drawn_without_graphs_and_leaves_no_trace(tiny_model: Path, tmp_path: Path) -> None:
+    generator: Any = gigdiff.load(str(tiny_model), device="cuda")
+    trained = copy.deepcopy(generator.unet)
+    trained.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(trained))
+    settings = {"seed": 3, "upscale": False}
+    before = np.asarray(gigdiff.generate("red coat", model=generator, **settings))
+    lora = gigdiff.generate("red coat", model=generator, lora=str(tmp_path), lora_scale=4.0, **settings)
+    assert (np.asarray(lora) != before).any()
+    assert (np.asarray(gigdiff.generate("red coat", model=generator, **settings)) == before).all()
+
+
+def test_what_cannot_be_recorded_is_called_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Asks(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if x.sum().item() > 0 else 3)  # a number from the GPU
+
+    layer = Asks(4, 4).cuda().eval()
+    graphed, x = GraphedNetwork(layer, torch.float32), torch.ones(2, 4)
+    graphed.refresh()
+    with torch.no_grad():
+        for value in (x, -x):
+            assert relative(graphed(value), layer(value.cuda())) < 1e-6
+    assert sum("without a CUDA graph" in record.message for record in caplog.records) == 1
 
 
 def test_cuda_is_what_is_taken_where_nothing_is_asked_for(tiny_model: Path) -> None:

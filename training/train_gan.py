@@ -101,7 +101,8 @@ class GanConfig:
         diversity_weight: weight on two drawings of a caption being too alike; 0 is off.
         diversity_target: how far apart they should lie, as a share of two photos' distance.
         distillation_weight: weight of how far a diffusion model would move what is drawn (adversarial diffusion
-            distillation), on a quarter of the batch; 0 is off, and the GAN a plain one.
+            distillation); 0 is off, and the GAN a plain one.
+        distillation_share: of the batch that this is asked about.
         distillation_model: that model's folder or embedded name; it must draw the same latents.
         distillation_guidance_scale: its guidance; default the model's own.
         distillation_log_sigma_mean: mean of the normal law of the log noise levels that it is asked at.
@@ -179,6 +180,7 @@ class GanConfig:
     diversity_weight: float = 2.0
     diversity_target: float = 0.3
     distillation_weight: float = 0.0
+    distillation_share: float = 0.25
     distillation_model: str = "mini"
     distillation_guidance_scale: float | None = None
     distillation_log_sigma_mean: float = 0.0
@@ -241,12 +243,14 @@ class GanConfig:
             raise InputError("--discriminator diffusion needs --space latent: its UNet sees latents, not pixels")
         if self.distillation_weight > 0 and self.space == "pixel":
             raise InputError("--distillation_weight needs --space latent: its model draws latents, not pixels")
+        if not 0 < self.distillation_share <= 1:
+            raise InputError(f"--distillation_share {self.distillation_share:g}: above 0 and at most 1 is possible")
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """images (N, C, H, W), condition (N, 1 + L, D), noise (N, noise_size), and the discriminator's chances; for the
-    quarter that a teacher corrects, or empty: text, the condition without noise, its noise like images, log sigma."""
+    share that a teacher corrects, or empty: text, the condition without noise, its noise like images, log sigma."""
 
     images: torch.Tensor
     condition: torch.Tensor
@@ -281,7 +285,7 @@ def make_batch(
     chances = adversary.chances(positions, step, images.shape[1:], condition)
     text = teacher_noise = teacher_level = torch.empty(0)
     if config.distillation_weight > 0:
-        corrected = positions[: quarter(len(positions))]
+        corrected = positions[: max(1, round(config.distillation_share * len(positions)))]
         text = condition[: len(corrected)]
         teacher_noise = rng.normal(images.shape[1:], config.seed, "teacher noise", corrected)
         law = rng.normal((1,), config.seed, "teacher level", corrected)[:, 0]

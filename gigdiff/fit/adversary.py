@@ -311,7 +311,10 @@ class Adversary:
         """The gradient penalty where `scores` (2, N) are those of real and fake: exact, or by finite differences."""
         s = self.settings
         if s.penalty_kind == "wgan_gp":
-            images = gan_losses.interpolate(real, fake, chances.draws[:, -1])
+            # Also between a text's photo and the photo that it is a mismatch for: left free there, D grew without end.
+            wrong = torch.arange(len(real), device=real.device) < round(s.mismatch_weight * len(real))
+            ends = torch.where(wrong[:, None, None, None], real.roll(-1, 0), fake)
+            images = gan_losses.interpolate(real, ends, chances.draws[:, -1])
             return gan_losses.unit_gradient_penalty(self._wrapped(images, condition).scores, images)
         images = (real if s.penalty_kind == "r1" else torch.cat([real, fake])).detach()
         if not s.finite:

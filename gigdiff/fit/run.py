@@ -57,6 +57,7 @@ def prefetched(
             num_workers=workers,
             prefetch_factor=ahead,
             collate_fn=lambda item: item,
+            worker_init_fn=_outlive_sigterm,
             multiprocessing_context="fork",
         )
         return
@@ -69,6 +70,11 @@ def prefetched(
             if following is not None:
                 waiting.append((following, pool.submit(load, following)))
             yield step, future.result()
+
+
+def _outlive_sigterm(_worker: int) -> None:
+    """SLURM send SIGTERM to every process of a job: the run still has to save, and then stops its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Loaded(Dataset[tuple[int, Item]]):

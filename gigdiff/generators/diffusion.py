@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gigdiff.attention import set_attention
+from gigdiff.cuda_graphs import GraphedNetwork
 from gigdiff.diffusion import guided
 from gigdiff.errors import (
     CapabilityError,
@@ -64,7 +65,7 @@ class DiffusionGenerator:
     On a CPU that has bfloat16 instructions everything runs under bfloat16 autocast, on other CPUs in float32. Both are
     exact in this sense: an image is the same bits in any batch. bfloat16 kernels were seen not to depend on the batch;
     for float32 see gigdiff.exactness: each size of batch is tried once, and where it fails images are drawn one by one.
-    On CUDA this is not promised.
+    On CUDA this is not promised; there UNet and decoder are CUDA graphs (gigdiff.cuda_graphs) unless a LoRA is in use.
 
     Args:
         unet: UNet2DConditionModel conditioned on `TextEmbedding.condition()`.
@@ -121,6 +122,7 @@ class DiffusionGenerator:
         self._compiled: dict[tuple[int, int], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}
         self._compiled_now: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
         self._seen: list[tuple[Tensor, ...]] | None = None
+        self._graphed: tuple[GraphedNetwork, GraphedNetwork] | None = None
         self.capabilities = Capabilities(
             default_size=(height, width),
             default_steps=num_inference_steps,
@@ -238,6 +240,8 @@ class DiffusionGenerator:
         self._compiled_now = None
         if self._precision is not None and not request.adapters():
             self._compiled_now = self._compile(request.height, request.width)
+        elif self.device.type == "cuda":
+            self._compiled_now = self._graphs()
         at_once = len(request) if self._batch_is_exact(request) else 1
         parts = []
         for start in range(0, len(request), at_once):
@@ -258,7 +262,9 @@ class DiffusionGenerator:
             self.name,
             time.perf_counter() - started,
             tuple(dict.fromkeys(notes)),
-            extra={} if self._compiled_now is None else {"backend": f"openvino {self._precision}"},
+            extra={}
+            if self._precision is None or self._compiled_now is None
+            else {"backend": f"openvino {self._precision}"},
         )
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
@@ -317,6 +323,8 @@ class DiffusionGenerator:
 
     def _embed(self, texts: tuple[str, ...]) -> tuple[Tensor, list[str]]:
         """Conditions (N, 1 + L, D) and notes on what was cut. Texts are encoded alone: neighbours don't matter."""
+        if self.device.type == "cuda":
+            self._embed_at_once(texts)
         embedded = {text: self._embedding(text) for text in dict.fromkeys(texts)}
         notes = [
             f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
@@ -325,6 +333,16 @@ class DiffusionGenerator:
             if e.cut[0]
         ]
         return torch.cat([embedded[text].condition() for text in texts]).to(self.device), notes
+
+    def _embed_at_once(self, texts: tuple[str, ...]) -> None:
+        """Encode what is not known yet of `texts` in one pass: on a GPU as quick as one text, nearly the same bits."""
+        new = [t for t in dict.fromkeys(texts) if t not in self._remembered and t not in self._recent]
+        for start in range(0, len(new), RECENT_TEXTS // 2):
+            some = new[start : start + RECENT_TEXTS // 2]
+            e = self.text_encoder.encode(some)
+            for i, text in enumerate(some):
+                row = slice(i, i + 1)
+                self._recent[text] = TextEmbedding(e.tokens[row], e.mask[row], e.pooled[row], e.cut[row])
 
     def _embedding(self, text: str) -> TextEmbedding:
         """One text's embedding; the last few hundred are kept: "" comes back with every image, prompts with seeds."""
@@ -403,6 +421,18 @@ class DiffusionGenerator:
                 + '): nothing was drawn. Lower guidance_scale, or load with dtype="float32".'
             )
         return latents, notes
+
+    def _graphs(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+        """UNet and decoder as CUDA graphs of their present weights; None while the UNet has a LoRA's layers in it."""
+        if getattr(self.unet, "_hf_peft_config_loaded", False):
+            return None
+        if self._graphed is None:
+            self._graphed = (
+                GraphedNetwork(_Unet(self.unet), self.dtype), GraphedNetwork(_Decoder(self.vae), self.dtype)
+            )  # fmt: skip
+        for network in self._graphed:
+            network.refresh()
+        return self._graphed
 
     @torch.no_grad()
     def _compile(self, height: int, width: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

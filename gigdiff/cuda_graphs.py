@@ -1,0 +1,104 @@
+"""Networks drawn on a GPU by CUDA graphs: one launch in place of hundreds, weights kept in the drawing's precision.
+
+A UNet of a few million parameters leaves a GPU waiting for its kernels to be launched one by one, and autocast launches
+more of them, to round weights at every call. Here a network's kernels are recorded once for each shape of its inputs
+and then replayed; half precision is that of a rounded copy of the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["GraphedNetwork"]
+
+log = logging.getLogger(__name__)
+
+SHAPES_KEPT = 8  # recordings in memory at once, the newest
+WARM_UPS = 3  # calls before recording: kernels are chosen and loaded in them
+
+
+class GraphedNetwork:
+    """`network`, which takes tensors on a GPU and gives one, float32 in and out, computed in `dtype`.
+
+    May be called from several threads, which then take turns. Where a network can't be recorded (a layer that asks the
+    GPU for a number, say), it is called as it is, and a warning says so once.
+
+    Args:
+        network: in evaluation mode, on the GPU. It is left as it is; `refresh` looks whether its weights have changed.
+        dtype: float32: its own weights are used. bfloat16 or float16: a rounded copy.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self.network, self.dtype = network, dtype
+        self._turn = threading.Lock()
+        self._state: list[tuple[int, int]] | None = None
+        self._rounded: nn.Module = network
+        self._recorded: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self._recordable = True
+
+    def refresh(self) -> None:
+        """Take the network's weights as they are now. To be called before a picture; cheap if they are the same."""
+        # Changes in place count the version up; what puts another tensor behind `data` doesn't, but moves the pointer.
+        state = [(x.data_ptr(), x._version) for x in (*self.network.parameters(), *self.network.buffers())]
+        if state == self._state:
+            return
+        with self._turn:
+            self._recorded.clear()
+            self._rounded = self.network
+            if self.dtype != torch.float32:
+                # (torch's own `to`: diffusers' warns of modules to keep in float32 even where there are none.)
+                self._rounded = nn.Module.to(copy.deepcopy(self.network), self.dtype)
+            self._state = state
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with self._turn:
+            device = next(self.network.parameters()).device
+            if not self._recordable:
+                return self._run(*(self._held(x, device) for x in inputs))
+            with torch.cuda.device(device):
+                shapes = tuple(x.shape for x in inputs)
+                found = self._recorded.pop(shapes, None)
+                if found is None:
+                    held = tuple(self._held(x, device) for x in inputs)
+                    try:
+                        found = self._record(held)
+                    except RuntimeError as error:
+                        log.warning("%s is drawn without a CUDA graph: %s", type(self.network).__name__, error)
+                        self._recordable = False
+                        return self._run(*held)
+                self._recorded[shapes] = found  # the newest is last
+                if len(self._recorded) > SHAPES_KEPT:
+                    del self._recorded[next(iter(self._recorded))]
+                graph, held, output = found
+                for into, x in zip(held, inputs, strict=True):
+                    into.copy_(x)
+                graph.replay()
+                return output.clone()  # the next replay writes over it
+
+    def _held(self, x: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the recording's own, to copy inputs like x into."""
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        return torch.empty_like(x, dtype=self.dtype, device=device, memory_format=layout).copy_(x)
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            return self._rounded(*inputs).float()
+
+    def _record(self, held: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                self._run(*held)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread of a server may allocate meanwhile: only this one's calls are looked at.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = self._run(*held)
+        return graph, held, output
