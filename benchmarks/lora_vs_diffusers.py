@@ -204,6 +204,7 @@ def run_config(model: Path, photos: Path, out: Path, arguments: argparse.Namespa
         pretrained_model_name_or_path=str(model), train_data_dir=str(photos), output_dir=str(out),
         cache_dir=str(out.parent / "cache"), resolution=arguments.resolution, aspect_ratio_buckets=False,
         image_fit="crop", validation_fraction=0.0, caption_dropout=0.0, rank=arguments.rank, use_ema=False,
+        init_lora_weights="gaussian",
         train_batch_size=arguments.train_batch_size, learning_rate=arguments.learning_rate, lr_warmup_steps=0,
         lr_decay_fraction=0.0, adam_beta2=0.999, checkpointing_steps=10**6, validation_steps=10**6,
         validation_prompts=("red bag",), num_validation_images=1, num_inference_steps=1, seed=arguments.seed,

@@ -95,7 +95,9 @@ def cli() -> None:
 @click.option(
     "--dtype", help="float32, bfloat16 or float16; int8 with --backend openvino. [default: what suits the device]"
 )
-@click.option("--backend", default="torch", show_default=True, help="torch, or openvino: faster on a CPU.")
+@click.option(
+    "--backend", default="torch", show_default=True, help="torch, openvino (faster on a CPU) or compile (on a GPU)."
+)
 @click.option(
     "--offload",
     type=click.Choice(["model", "sequential"]),

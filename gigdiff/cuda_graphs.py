@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,14 @@ class GraphedNetwork:
     Args:
         network: in evaluation mode, on the GPU. It is left as it is; `refresh` looks whether its weights have changed.
         dtype: float32: its own weights are used. bfloat16 or float16: a rounded copy.
+        compiled: by torch.compile before it is recorded, which takes half a minute for each shape of inputs.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        self.network, self.dtype = network, dtype
+    def __init__(self, network: nn.Module, dtype: torch.dtype, compiled: bool = False) -> None:
+        self.network, self.dtype, self.compiled = network, dtype, compiled
         self._turn = threading.Lock()
         self._state: list[tuple[int, int]] | None = None
-        self._rounded: nn.Module = network
+        self._rounded: Callable[..., Tensor] = network
         self._recorded: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self._recordable = True
 
@@ -53,6 +55,8 @@ class GraphedNetwork:
             if self.dtype != torch.float32:
                 # (torch's own `to`: diffusers' warns of modules to keep in float32 even where there are none.)
                 self._rounded = nn.Module.to(copy.deepcopy(self.network), self.dtype)
+            if self.compiled:
+                self._rounded = torch.compile(self._rounded, dynamic=False)
             self._state = state
 
     @torch.no_grad()

@@ -101,7 +101,7 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Ima
     model: Any = fields["model"]
     if "backend" in fields:
         backend, _, precision = fields["backend"].partition(" ")
-        model, device = api.load(model, device, precision, backend=backend), None
+        model, device = api.load(model, device, precision or None, backend=backend), None
     result = api.join_results(
         list(
             api.iter_results(

@@ -63,7 +63,8 @@ _CONFIG_KEYS = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """rank, lora_alpha (scale = alpha / rank), dropout on the adapter's input, module names, DoRA, rsLoRA."""
+    """rank, lora_alpha (scale = alpha / rank), dropout on the adapter's input, module names, DoRA, rsLoRA, how lora_A
+    starts."""
 
     rank: int = 8
     lora_alpha: float = 8
@@ -71,6 +72,7 @@ class LoraSettings:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     use_dora: bool = False
     use_rslora: bool = False
+    init_lora_weights: str = "kaiming"
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def add_adapter(model: Any, settings: LoraSettings, name: str = "default", seed:
         target_modules=list(settings.target_modules),
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
-        init_lora_weights=True,
+        init_lora_weights="gaussian" if settings.init_lora_weights == "gaussian" else True,
     )
     model.add_adapter(config, adapter_name=name)
     # Half precision loses updates smaller than a thousandth of the weight; the adapter is small enough for float32.

@@ -6,15 +6,17 @@ time, which tells at batch 1. oneDNN's packed form gives the same bits (a test).
 
 from __future__ import annotations
 
+import copy
 import platform
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gigdiff.precision import cpu_has_bfloat16
 
-__all__ = ["pack"]
+__all__ = ["pack", "unpacked"]
 
 # By module and not on it: packed tensors can't be copied, models can.
 _PACKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
@@ -33,6 +35,18 @@ def pack(model: nn.Module) -> None:
             module.__class__ = _PackedLinear
         elif type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
             module.__class__ = _PackedConv2d
+
+
+def unpacked(model: nn.Module) -> nn.Module:
+    """A copy with torch's own layers, which shares the model's weights."""
+    weights: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    plain = copy.deepcopy(model, weights)
+    for module in plain.modules():
+        if isinstance(module, _PackedLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif isinstance(module, _PackedConv2d):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+    return plain
 
 
 class _PackedLinear(nn.Linear):

@@ -56,6 +56,22 @@ def generator(tiny_model: Path) -> DiffusionGenerator:
     return DiffusionGenerator.from_pretrained(tiny_model, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("rank", [4, 16])
+def test_how_lora_a_starts(generator: DiffusionGenerator, rank: int) -> None:
+    """kaiming: uniform below 1 / sqrt(width), whatever the rank; gaussian: deviation 1 / rank, whatever the width."""
+    spread = {}
+    for start in ("kaiming", "gaussian"):
+        parameters = L.add_adapter(generator.unet, L.LoraSettings(rank, rank, init_lora_weights=start), "start")
+        spread[start] = {p.shape[1]: float(p.std()) for name, p in parameters.items() if "lora_A" in name}
+        assert all(not p.any() for name, p in parameters.items() if "lora_B" in name)
+        generator.unet.unload_lora()
+    assert len(spread["kaiming"]) > 1
+    for width, deviation in spread["kaiming"].items():
+        assert deviation == pytest.approx((3 * width) ** -0.5, rel=0.2)
+    for deviation in spread["gaussian"].values():
+        assert deviation == pytest.approx(1 / rank, rel=0.2)
+
+
 def draw(generator: Any, **changes: Any) -> np.ndarray:
     arguments: dict = {"prompts": ("red coat", "blue bag"), "seeds": (1, 2), "num_inference_steps": 2} | changes
     return generator.generate(GenerationRequest(**arguments)).images

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from gigdiff.packing import _PACKED, pack
+from gigdiff.packing import _PACKED, pack, unpacked
 from gigdiff.precision import cpu_has_bfloat16
 
 pytestmark = pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not compute in bfloat16")
@@ -52,6 +52,17 @@ def test_same_bits_in_every_batch_and_after_every_change_of_weights():
     assert torch.equal(draw(packed, 2), draw(plain, 2)) and not torch.equal(draw(packed, 2), before)
     assert torch.equal(draw(copy.deepcopy(packed), 2), draw(plain, 2))
     assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_an_unpacked_copy_has_torchs_layers_and_the_same_weights():
+    packed = tiny_unet()
+    pack(packed)
+    plain = unpacked(packed)
+    assert torch.equal(draw(packed, 2), draw(plain, 2)) and packed_layers(packed) and not packed_layers(plain)
+    assert plain.conv_in.weight is packed.conv_in.weight
+    with torch.no_grad():
+        packed.conv_in.weight.mul_(1.5)
+    assert torch.equal(draw(packed, 2), draw(plain, 2))
 
 
 def test_a_lora_on_packed_layers_is_that_on_plain_ones():

@@ -201,6 +201,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         config.target_modules or default_targets(family),
         config.use_dora,
         config.use_rslora,
+        config.init_lora_weights,
     )
     parts = {family.part: model}
     if config.train_text_encoder:

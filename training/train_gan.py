@@ -93,7 +93,8 @@ class GanConfig:
         loss: "relativistic", "non_saturating", "hinge" or "wgan_gp"; see gigdiff.gan_losses.
         penalty: gradient penalty: "r1", "r1_r2", "wgan_gp", "none", or "auto", the one the loss goes with.
         penalty_weight: its weight, averaged over steps.
-        penalty_interval: take it every so many steps, times as strong (lazy regularisation).
+        penalty_interval: take it every so many steps, times as strong (lazy regularisation); by default 4, and 1 for
+            wgan_gp, whose critic nothing else holds.
         penalty_method: "finite_difference" (no second derivative) or "exact" (wgan_gp is always exact).
         penalty_noise: standard deviation of the finite difference's noise.
         mismatch_weight: share of fakes that are real images with another product's text.
@@ -172,7 +173,7 @@ class GanConfig:
     loss: Literal["relativistic", "non_saturating", "hinge", "wgan_gp"] = "relativistic"
     penalty: Literal["auto", "r1", "r1_r2", "wgan_gp", "none"] = "auto"
     penalty_weight: float = 1.0
-    penalty_interval: int = 4
+    penalty_interval: int | None = None
     penalty_method: Literal["finite_difference", "exact"] = "finite_difference"
     penalty_noise: float = 0.2
     mismatch_weight: float = 0.5

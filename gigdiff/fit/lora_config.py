@@ -52,6 +52,8 @@ class LoraConfig:
         target_modules: layers that get a LoRA; None = attention projections.
         use_dora: weight-decomposed LoRA.
         use_rslora: scale is lora_alpha / sqrt(rank).
+        init_lora_weights: lora_A's random start: "kaiming" (peft's own: smaller, the wider the layer) or "gaussian" (of
+            deviation 1 / rank, as in diffusers' script: larger, so a lower learning_rate fits).
         train_text_encoder: a LoRA for the CLIP text encoders too (text is then not cached).
         train_batch_size: photos a step and process.
         gradient_accumulation_steps: steps whose gradients are averaged before each update.
@@ -130,6 +132,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] | None = None
     use_dora: bool = False
     use_rslora: bool = False
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     train_text_encoder: bool = False
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1

@@ -34,7 +34,7 @@ from gigdiff.lora import WEIGHTS_NAME, AdapterSlots, base_hash, fold_file, read_
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.saving import save_network
 from gigdiff.openvino_backend import PRECISIONS, compiled, default_precision, imported
-from gigdiff.packing import pack
+from gigdiff.packing import pack, unpacked
 from gigdiff.precision import embedded_dtype
 from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.schedulers import build_scheduler, possible_schedulers
@@ -123,6 +123,8 @@ class DiffusionGenerator:
         self._compiled_now: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
         self._seen: list[tuple[Tensor, ...]] | None = None
         self._graphed: tuple[GraphedNetwork, GraphedNetwork] | None = None
+        self._inductor = False
+        self._inductor_unet: Callable[..., Tensor] | None = None
         self.capabilities = Capabilities(
             default_size=(height, width),
             default_steps=num_inference_steps,
@@ -215,6 +217,10 @@ class DiffusionGenerator:
             imported("nncf")
         self._precision = precision or default
 
+    def use_compile(self) -> None:
+        """From now on the UNet is compiled by torch.compile, on CUDA under the CUDA graph; not with a LoRA."""
+        self._inductor = True
+
     def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
         """Draw the request's images; see ImageGenerator.
 
@@ -242,6 +248,10 @@ class DiffusionGenerator:
             self._compiled_now = self._compile(request.height, request.width)
         elif self.device.type == "cuda":
             self._compiled_now = self._graphs()
+        elif self._inductor and not request.adapters():
+            if self._inductor_unet is None:
+                self._inductor_unet = torch.compile(_Unet(unpacked(self.unet)))
+            self._compiled_now = (self._inductor_unet, _Decoder(self.vae))
         at_once = len(request) if self._batch_is_exact(request) else 1
         parts = []
         for start in range(0, len(request), at_once):
@@ -262,10 +272,14 @@ class DiffusionGenerator:
             self.name,
             time.perf_counter() - started,
             tuple(dict.fromkeys(notes)),
-            extra={}
-            if self._precision is None or self._compiled_now is None
-            else {"backend": f"openvino {self._precision}"},
+            extra=self._drawn_by(),
         )
+
+    def _drawn_by(self) -> dict[str, str]:
+        """The backend, for the picture's file, where it was not torch itself."""
+        if self._compiled_now is None or not (self._precision or self._inductor):
+            return {}
+        return {"backend": f"openvino {self._precision}" if self._precision else "compile"}
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3) through the autoencoder and back: the best that any model on its latents can do."""
@@ -288,7 +302,7 @@ class DiffusionGenerator:
         self.vae.encoder = torch.nn.Identity()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "cpu" and self.dtype == torch.float32:
+        if self.device.type == "cpu" and self.dtype == torch.float32 and not self._inductor:
             return PerSampleLinear()
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -427,9 +441,8 @@ class DiffusionGenerator:
         if getattr(self.unet, "_hf_peft_config_loaded", False):
             return None
         if self._graphed is None:
-            self._graphed = (
-                GraphedNetwork(_Unet(self.unet), self.dtype), GraphedNetwork(_Decoder(self.vae), self.dtype)
-            )  # fmt: skip
+            unet = GraphedNetwork(_Unet(self.unet), self.dtype, self._inductor)
+            self._graphed = (unet, GraphedNetwork(_Decoder(self.vae), self.dtype))
         for network in self._graphed:
             network.refresh()
         return self._graphed
@@ -621,6 +634,10 @@ class PipelineGenerator:
         elif offload == "sequential":
             pipeline.enable_sequential_cpu_offload(device=device)
         return cls(pipeline, name=name or str(folder), folder=Path(folder))
+
+    def use_compile(self) -> None:
+        """From now on the UNet or transformer is compiled by torch.compile, for each size when that is first drawn."""
+        (getattr(self.pipeline, "unet", None) or self.pipeline.transformer).compile()
 
     def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
         """Draw the request's images; see ImageGenerator.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_folder", "load", "pick_device", "pick_dtype", "resolve"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS_OF_NETWORKS = ("torch", "openvino")
+BACKENDS_OF_NETWORKS = ("torch", "compile", "openvino")
 OFFLOAD = ("model", "sequential")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Parts of a pipeline that have a config and no weights of their own.
@@ -55,9 +55,11 @@ def load(
         dtype: "float32", "bfloat16", "float16"; None leaves it to gigdiff's own models, and for others takes
             float32 on the CPU and half precision on a GPU.
         attention: a backend of gigdiff.attention; see `gigdiff doctor` for what is usable here.
-        backend: "torch", or "openvino": UNet and decoder of gigdiff's own diffusion models are compiled for the CPU: a
-            single picture in about half the time, differing from torch's in its last bits. dtype may then also be
-            "int8": faster still, but it was measured to cost 4 points of type accuracy, 17 with guidance. Needs
+        backend: "torch"; or "compile": UNet or transformer go through torch.compile, which takes half a minute or more
+            for each size of batch and was measured to pay on a GPU only; or "openvino": UNet and decoder of gigdiff's
+            own diffusion models are compiled for the CPU: a single picture in about half the time, differing from
+            torch's in its last bits. dtype may then also be "int8": faster still, but it was measured to cost 4 points
+            of type accuracy, 17 with guidance. Needs
             `pip install "gigdiff[openvino]"`; docs/performance.md.
         offload: for big pipelines on small GPUs (CUDA): "model" keeps each part on the GPU only while it works,
             "sequential" each layer (least memory, slow). Not for gigdiff's own models, which need no gigabyte.
@@ -88,6 +90,10 @@ def load(
                 "leave it out."
             )
         device = "cpu" if device is None else device
+    if backend == "compile" and family in ("gan", "vae"):
+        raise InputError(
+            f'backend="compile" is for diffusion models, and "{name}" is of family "{family}": leave it out.'
+        )
     precision = None
     if backend == "openvino" and dtype is not None:
         precision, dtype = str(dtype).removeprefix("torch."), None
@@ -119,6 +125,8 @@ def load(
             )
             if backend == "openvino":
                 generator.use_openvino(precision)
+            elif backend == "compile":
+                generator.use_compile()
             return generator
     except GigdiffError:
         raise

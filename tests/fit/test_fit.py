@@ -191,6 +191,12 @@ def check_prefetching(workers: int) -> None:
         loaded(range(3), lambda s: 1 // (s - 1))
     processes = {pid for _, pid in loaded(range(4), lambda _: os.getpid())}
     assert len(processes - {os.getpid()}) == workers
+    done = []
+    for step, pid in prefetched(range(20), lambda _: os.getpid(), workers=workers):
+        if pid != os.getpid():
+            os.kill(pid, signal.SIGTERM)  # as SLURM sends it to all of a job
+        done.append(step)
+    assert done == list(range(20)), "the run itself decides when its workers end"
 
 
 def test_prefetching_keeps_order_and_passes_errors_on() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import gigdiff
 from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, ModelNotFoundError, NumericalError
 from gigdiff.generators.diffusion import DiffusionGenerator, PipelineGenerator
 from gigdiff.generators.request import GenerationRequest
@@ -177,3 +178,19 @@ def test_any_diffusers_pipeline_draws_through_the_same_interface(tiny_pipeline: 
     assert "77 tokens" in long.notes[0]
     with pytest.raises((InputError, CapabilityError)):
         draw(generator, height=12)
+
+
+@pytest.mark.slow
+def test_compiled_networks_draw_what_plain_ones_draw(
+    tiny_model: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch.compile, half a minute or more for each network."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for folder, most in ((tiny_model, 8), (tiny_pipeline, 2)):
+        plain, compiled = gigdiff.load(folder, device="cpu"), gigdiff.load(folder, device="cpu", backend="compile")
+        request = GenerationRequest(("red handbag", "blue watch"), (0, 1), num_inference_steps=2)
+        result = compiled.generate(request)
+        assert np.abs(result.images.astype(int) - plain.generate(request).images).max() <= most
+        if folder is tiny_model:
+            assert result.extra == {"backend": "compile"}
+            assert np.array_equal(compiled.generate(request.part(1, 2)).images[0], result.images[1])

@@ -171,3 +171,12 @@ class TestDevice:
     def test_attention(self):
         with pytest.raises(InputError, match='did you mean "sdpa"'):
             load("mini", attention="spda")
+
+
+def test_what_can_be_compiled():
+    with pytest.raises(
+        InputError, match='backend="compile" is for diffusion models, and "mini-gan" is of family "gan"'
+    ):
+        load("mini-gan", backend="compile")
+    with pytest.raises(InputError, match="did you mean"):
+        load("mini", backend="compiled")

@@ -203,7 +203,13 @@ def test_gradients_are_really_clipped(config: Any, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_dora": True}, {"use_rslora": True, "lora_dropout": 0.3}, {"random_flip": True}]
+    "changes",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_dropout": 0.3},
+        {"random_flip": True},
+        {"init_lora_weights": "gaussian"},
+    ],
 )
 def test_variants_resume_exactly_and_draw_what_was_previewed(changes: dict, config: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(config, **changes)
