@@ -1,6 +1,7 @@
 """Put an embedded upscaler together: the faithful and the sharp network, scores and a model card.
 
-python training/package_upscaler.py --fidelity runs/upscaler_mini/upscaler --sharp runs/upscaler_mini_sharp/upscaler
+    python training/package_upscaler.py --fidelity runs/upscaler_mini_perceptual/upscaler \
+        --sharp runs/upscaler_mini_sharp/upscaler
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ class PackageConfig:
     """What goes into the folder.
 
     Args:
-        fidelity: upscaler folder of phase 1.
-        sharp: upscaler folder of phase 2, trained on from that one.
+        fidelity: upscaler folder of the faithful network.
+        sharp: upscaler folder of the sharp one, trained on from it.
         output_dir: the folder to write.
         report: JSON of benchmarks/upscale_quality.py (its last line of stdout, saved), whose scores go onto the card.
         training: how it was trained, in a sentence or two.
     """
 
-    fidelity: str = "runs/upscaler_mini/upscaler"
+    fidelity: str = "runs/upscaler_mini_perceptual/upscaler"
     sharp: str = "runs/upscaler_mini_sharp/upscaler"
     output_dir: str = "gigdiff/pretrained/mini-upscaler"
     report: str | None = None
@@ -52,7 +53,7 @@ pipeline_tag: image-to-image
 # {name}
 
 Enlarges product photos four times each way: {parameters / 1e6:.2f} M parameters,
-{flops / 1e9:.1f} GFLOP for 80 x 64 pixels. `fidelity/` was trained for pixels, `sharp/` on from it with a
+{flops / 1e9:.1f} GFLOP for 80 x 64 pixels. `fidelity/` was trained to stay near the photo, `sharp/` on from it with a
 discriminator; `gigdiff.upscale(fidelity=)` mixes them.
 
 ## Data
