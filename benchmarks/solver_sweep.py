@@ -60,15 +60,18 @@ class Drawn:
         if self.combination.scheduler != OWN:
             request = dataclasses.replace(request, scheduler=self.combination.scheduler)  # type: ignore[call-arg]
 
-        def count(_module: Any, inputs: tuple[Any, ...], _output: Any) -> None:
-            self.rows += len(inputs[0])
+        unet = self.generator._unet  # not a hook on its network: OpenVINO and CUDA graphs draw without calling that
+
+        def counted(z: Any, t: Any, condition: Any) -> Any:
+            self.rows += len(z)
+            return unet(z, t, condition)
 
         before, self.generator.guidance_interval = self.generator.guidance_interval, self.combination.interval
-        hook = self.generator.unet.register_forward_hook(count)
+        self.generator._unet = counted
         try:
             result = self.generator.generate(request, on_step=on_step)
         finally:
-            hook.remove()
+            del self.generator._unet
             self.generator.guidance_interval = before
         self.images += len(result.images)
         return result

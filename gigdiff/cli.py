@@ -183,6 +183,9 @@ def _generate(
 
     if not quiet:
         click.echo(f"gigdiff: loading {model}", err=True)
+    from gigdiff.lean_imports import EAGER, import_later
+
+    import_later(*EAGER)
     generator: Any = model
     if offload or vae_tiling or vae_slicing or dtype or backend != "torch":
         from gigdiff.api import load
