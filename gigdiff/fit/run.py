@@ -73,7 +73,7 @@ def prefetched(
 
 
 def _outlive_sigterm(_worker: int) -> None:
-    """SLURM send SIGTERM to every process of a job: the run still has to save, and then stops its workers."""
+    """SLURM sends SIGTERM to every process of a job: the run still has to save, and then stops its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

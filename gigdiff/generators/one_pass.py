@@ -29,6 +29,7 @@ from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.models.one_pass import load_one_pass
 from gigdiff.models.saving import save_network
 from gigdiff.models.vae import VaeOutput
+from gigdiff.packing import pack
 from gigdiff.precision import embedded_dtype
 from gigdiff.text import TextEncoder, load_text_encoder
 
@@ -73,6 +74,10 @@ class OnePassGenerator:
         self.vae: Any = vae
         if vae is not None:
             self.vae = move(vae, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            for part in (self.model, self.vae):
+                if part is not None:
+                    pack(part)
         self.text_encoder = text_encoder
         self.capabilities = Capabilities(
             default_size=(height, width),
