@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,8 +203,10 @@ def _chart(points: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]], l
             x[i], y[i], xerr=[[x[i] - speed["low"]], [speed["high"] - x[i]]], yerr=[[y[i] - low], [high - y[i]]],
             fmt="o", color=colour, ecolor="#cbd5e1", capsize=2, markersize=6, zorder=2,
         )  # fmt: skip
-        # Above and below in turns, so that neighbours on the front do not print over each other.
-        above = sorted(range(len(points)), key=lambda k: x[k]).index(i) % 2 == 0
+        # Away from the nearest neighbour, so that names do not print over each other.
+        others = [k for k in range(len(points)) if k != i]
+        near = min(others, key=lambda k: abs(math.log(x[k] / x[i])), default=i)
+        above = (y[i] - y[near]) * better >= 0
         axes.annotate(
             name,
             (x[i], y[i]),
