@@ -130,6 +130,19 @@ class TextEncoder:
             pooled = torch.nn.functional.normalize(mean, dim=-1)
         return TextEmbedding(tokens, mask, pooled.float(), tuple(left_out for _, left_out in fitted))
 
+    def encode_alone(self, text: str) -> TextEmbedding:
+        """One text, (1, L, D), as `encode` gives it but for its last bits: it is read at its own length, unpadded.
+
+        A prompt of six tokens costs a fifth of one padded to 32, and neighbours can't make a difference.
+        """
+        kept, _ = self.fit(text)
+        found = self.encode([text], pad_to=self.count(kept))
+        missing = self.max_length - found.tokens.shape[1]
+        pad = torch.nn.functional.pad
+        return TextEmbedding(
+            pad(found.tokens, (0, 0, 0, missing)), pad(found.mask, (0, missing)), found.pooled, found.cut
+        )
+
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()

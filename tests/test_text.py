@@ -42,6 +42,16 @@ def test_shapes_mask_and_zero_padding(minilm: TextEncoder) -> None:
     assert embedding.cut == ("", "")
 
 
+def test_a_text_read_alone_is_the_one_read_with_padding(minilm: TextEncoder) -> None:
+    for text in ("", "red wool coat", "word " * 100):
+        alone, padded = minilm.encode_alone(text), minilm.encode([text, "a much longer text beside it"])
+        assert alone.tokens.shape == (1, 32, 384) and alone.cut == padded.cut[:1]
+        assert torch.equal(alone.mask, padded.mask[:1])
+        for part in ("tokens", "pooled"):
+            torch.testing.assert_close(getattr(alone, part), getattr(padded, part)[:1], rtol=1e-4, atol=1e-5)
+        assert not alone.condition()[:, 1:][~alone.mask].any()
+
+
 def test_long_descriptions_are_condensed_and_what_was_left_out_is_reported(minilm: TextEncoder) -> None:
     text = (
         "This piece was designed by our team in a small studio near the harbour, where every detail is considered with "

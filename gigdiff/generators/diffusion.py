@@ -293,7 +293,7 @@ class DiffusionGenerator:
 
     def remember(self, texts: Iterable[str]) -> None:
         """Encode `texts` (and "", for guidance) now, so that they can be drawn after `free_encoders`."""
-        self._remembered |= {text: self.text_encoder.encode([text]) for text in dict.fromkeys(["", *texts])}
+        self._remembered |= {text: self.text_encoder.encode_alone(text) for text in dict.fromkeys(["", *texts])}
 
     def free_encoders(self) -> None:
         """Let go of the text encoder and the autoencoder's encoder: only what `remember` was given can be drawn."""
@@ -362,7 +362,7 @@ class DiffusionGenerator:
         """One text's embedding; the last few hundred are kept: "" comes back with every image, prompts with seeds."""
         if text in self._remembered:
             return self._remembered[text]
-        found = self._recent.pop(text, None) or self.text_encoder.encode([text])
+        found = self._recent.pop(text, None) or self.text_encoder.encode_alone(text)
         self._recent[text] = found  # the newest is last
         if len(self._recent) > RECENT_TEXTS:
             del self._recent[next(iter(self._recent))]
