@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gigdiff.packing import state_of
+
 __all__ = ["GraphedNetwork"]
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,7 @@ class GraphedNetwork:
 
     def refresh(self) -> None:
         """Take the network's weights as they are now. To be called before a picture; cheap if they are the same."""
-        # Changes in place count the version up; what puts another tensor behind `data` doesn't, but moves the pointer.
-        state = [(x.data_ptr(), x._version) for x in (*self.network.parameters(), *self.network.buffers())]
+        state = state_of((*self.network.parameters(), *self.network.buffers()))
         if state == self._state:
             return
         with self._turn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import platform
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gigdiff.precision import cpu_has_bfloat16
 
-__all__ = ["pack", "unpacked"]
+__all__ = ["pack", "state_of", "unpacked"]
 
 # By module and not on it: packed tensors can't be copied, models can.
 _PACKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
@@ -35,6 +36,12 @@ def pack(model: nn.Module) -> None:
             module.__class__ = _PackedLinear
         elif type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
             module.__class__ = _PackedConv2d
+
+
+def state_of(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Another list after any change of the weights, to tell by whether a copy of them is still true."""
+    # In-place changes count the version up; peft's merging puts another tensor behind `data`, which does not.
+    return [(p.data_ptr(), p._version) for p in weights]
 
 
 def unpacked(model: nn.Module) -> nn.Module:
@@ -79,8 +86,7 @@ def _may(input: Tensor) -> bool:
 
 # The first input's size goes into the layout; others were as fast with it, and without any it was half as fast.
 def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    # In-place changes count the version up; peft's merging puts another tensor behind `data`, which does not.
-    state = [(p.data_ptr(), p._version) for p in (layer.weight, layer.bias) if p is not None]
+    state = state_of(p for p in (layer.weight, layer.bias) if p is not None)
     known = _PACKED.get(layer)
     if known is not None and known[0] == state:
         return known[1], known[2]

@@ -135,12 +135,12 @@ class TextEncoder:
 
         A prompt of six tokens costs a fifth of one padded to 32, and neighbours can't make a difference.
         """
-        kept, _ = self.fit(text)
-        found = self.encode([text], pad_to=self.count(kept))
+        kept, left_out = self.fit(text)
+        found = self.encode([kept], pad_to=self.count(kept))
         missing = self.max_length - found.tokens.shape[1]
         pad = torch.nn.functional.pad
         return TextEmbedding(
-            pad(found.tokens, (0, 0, 0, missing)), pad(found.mask, (0, missing)), found.pooled, found.cut
+            pad(found.tokens, (0, 0, 0, missing)), pad(found.mask, (0, missing)), found.pooled, (left_out,)
         )
 
 

@@ -286,7 +286,7 @@ def make_batch(
     chances = adversary.chances(positions, step, images.shape[1:], condition)
     text = teacher_noise = teacher_level = torch.empty(0)
     if config.distillation_weight > 0:
-        corrected = positions[: max(1, round(config.distillation_share * len(positions)))]
+        corrected = positions[: portion(len(positions), config.distillation_share)]
         text = condition[: len(corrected)]
         teacher_noise = rng.normal(images.shape[1:], config.seed, "teacher noise", corrected)
         law = rng.normal((1,), config.seed, "teacher level", corrected)[:, 0]
@@ -298,9 +298,9 @@ def make_batch(
     return Batch(images, condition, noise, chances, text, teacher_noise, teacher_level)
 
 
-def quarter(count: int) -> int:
-    """How many of `count` drawings a quarter is, at least one."""
-    return max(1, count // 4)
+def portion(count: int, share: float) -> int:
+    """How many of `count` drawings a share is, at least one."""
+    return max(1, int(share * count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,7 +590,7 @@ def main(argv: list[str] | None = None) -> None:
         # One drawing serves both players: the discriminator learns on it, then the generator by the new discriminator.
         # A quarter of the captions is drawn a second time, with a neighbour's noise.
         count = len(batch.images)
-        twice = quarter(count) if config.diversity_weight > 0 else 0
+        twice = portion(count, 0.25) if config.diversity_weight > 0 else 0
         noise = torch.cat([batch.noise, batch.noise.roll(1, 0)[:twice]])
         fake, again = wrapped(noise, torch.cat([batch.condition, batch.condition[:twice]])).split([count, twice])
 

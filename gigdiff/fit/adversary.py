@@ -71,12 +71,10 @@ class AdversarySettings:
         """
         names = [field.name for field in dataclasses.fields(cls) if hasattr(config, field.name)]
         values = {name: getattr(config, name) for name in names}
-        settings = cls(
-            **values | {"penalty_interval": 4 if values["penalty_interval"] is None else values["penalty_interval"]}
-        )
-        if values["penalty_interval"] is None and settings.penalty_kind == "wgan_gp":
+        if values["penalty_interval"] is None:
             # Between two penalties nothing holds a Wasserstein critic: one clipped step in four did not bring it back.
-            settings = dataclasses.replace(settings, penalty_interval=1)
+            values["penalty_interval"] = 1 if cls(**values).penalty_kind == "wgan_gp" else 4
+        settings = cls(**values)
         if not 0 <= settings.mismatch_weight < 1:
             raise InputError(f"--mismatch_weight is {settings.mismatch_weight:g}; at least 0 and below 1 is allowed")
         if settings.penalty_interval < 1 or config.train_batch_size < 2:

@@ -243,15 +243,7 @@ class DiffusionGenerator:
         started = time.perf_counter()
         notes = list(self.slots.use(*_loras(request)))
         assert request.height and request.width
-        self._compiled_now = None
-        if self._precision is not None and not request.adapters():
-            self._compiled_now = self._compile(request.height, request.width)
-        elif self.device.type == "cuda":
-            self._compiled_now = self._graphs()
-        elif self._inductor and not request.adapters():
-            if self._inductor_unet is None:
-                self._inductor_unet = torch.compile(_Unet(unpacked(self.unet)))
-            self._compiled_now = (self._inductor_unet, _Decoder(self.vae))
+        self._compiled_now = None if request.adapters() else self._networks(request.height, request.width)
         at_once = len(request) if self._batch_is_exact(request) else 1
         parts = []
         for start in range(0, len(request), at_once):
@@ -351,12 +343,12 @@ class DiffusionGenerator:
     def _embed_at_once(self, texts: tuple[str, ...]) -> None:
         """Encode what is not known yet of `texts` in one pass: on a GPU as quick as one text, nearly the same bits."""
         new = [t for t in dict.fromkeys(texts) if t not in self._remembered and t not in self._recent]
-        for start in range(0, len(new), RECENT_TEXTS // 2):
-            some = new[start : start + RECENT_TEXTS // 2]
-            e = self.text_encoder.encode(some)
-            for i, text in enumerate(some):
-                row = slice(i, i + 1)
-                self._recent[text] = TextEmbedding(e.tokens[row], e.mask[row], e.pooled[row], e.cut[row])
+        if not new:
+            return
+        found = self.text_encoder.encode(new)
+        for i, text in enumerate(new):
+            row = slice(i, i + 1)
+            self._recent[text] = TextEmbedding(found.tokens[row], found.mask[row], found.pooled[row], found.cut[row])
 
     def _embedding(self, text: str) -> TextEmbedding:
         """One text's embedding; the last few hundred are kept: "" comes back with every image, prompts with seeds."""
@@ -435,6 +427,18 @@ class DiffusionGenerator:
                 + '): nothing was drawn. Lower guidance_scale, or load with dtype="float32".'
             )
         return latents, notes
+
+    def _networks(self, height: int, width: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+        """UNet and decoder for this size as OpenVINO, CUDA graphs or torch.compile have them; None: the plain ones."""
+        if self._precision is not None:
+            return self._compile(height, width)
+        if self.device.type == "cuda":
+            return self._graphs()
+        if not self._inductor:
+            return None
+        if self._inductor_unet is None:
+            self._inductor_unet = torch.compile(_Unet(unpacked(self.unet)))
+        return self._inductor_unet, _Decoder(self.vae)
 
     def _graphs(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
         """UNet and decoder as CUDA graphs of their present weights; None while the UNet has a LoRA's layers in it."""
