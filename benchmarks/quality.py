@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="validation products, a fixed choice (default: 1000)")
     parser.add_argument("--num_inference_steps", type=int, help="default: the model's")
     parser.add_argument("--guidance_scale", type=float, help="default: the model's")
+    parser.add_argument("--guidance_reuse", type=int, default=1, help="as gigdiff.generate's")
     parser.add_argument("--backend", default="torch", help="torch or openvino, as gigdiff.load's")
     parser.add_argument("--dtype", help="as gigdiff.load's")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             prompts=prompts,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
+            guidance_reuse=args.guidance_reuse,
             batch_size=args.batch_size,
             seed=args.seed,
             on_progress=Progress(f"{args.model}, {prompts}"),
@@ -156,6 +158,7 @@ def prompt_sheet(generator: ImageGenerator, args: argparse.Namespace) -> Image.I
             seeds=GRID_SEEDS,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
+            guidance_reuse=args.guidance_reuse,
         )
         images += list(generator.generate(request).images)
         labels += [f"{prompt} #{seed}" for seed in GRID_SEEDS]

@@ -97,6 +97,7 @@ def ours(
     steps: int,
     model: str | None = None,
     guidance_scale: float | None = None,
+    guidance_reuse: int = 1,
     backend: str = "torch",
     dtype: str | None = None,
 ) -> Way:
@@ -109,7 +110,13 @@ def ours(
     except GigdiffError as error:
         raise NotHere(f"not available: {' '.join(str(error).split())}") from error
     prompts, seeds = asked(batch)
-    request = GenerationRequest(tuple(prompts), tuple(seeds), num_inference_steps=steps, guidance_scale=guidance_scale)
+    request = GenerationRequest(
+        tuple(prompts),
+        tuple(seeds),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_reuse=guidance_reuse,
+    )
 
     def draw() -> np.ndarray:
         # A user's next prompts are others. That of no text comes back with each, and is remembered.

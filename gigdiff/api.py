@@ -90,6 +90,7 @@ def generate(
     num_images_per_prompt: int = ...,
     num_inference_steps: int | None = ...,
     guidance_scale: float | None = ...,
+    guidance_reuse: int = ...,
     height: int | None = ...,
     width: int | None = ...,
     seed: int | None = ...,
@@ -117,6 +118,7 @@ def generate(
     num_images_per_prompt: int = ...,
     num_inference_steps: int | None = ...,
     guidance_scale: float | None = ...,
+    guidance_reuse: int = ...,
     height: int | None = ...,
     width: int | None = ...,
     seed: int | None = ...,
@@ -143,6 +145,7 @@ def generate(
     num_images_per_prompt: int = 1,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_reuse: int = 1,
     height: int | None = None,
     width: int | None = None,
     seed: int | None = None,
@@ -173,6 +176,8 @@ def generate(
         num_images_per_prompt: 1 to 10,000.
         num_inference_steps: 1 to 1000; None = the model's default, as for the next three.
         guidance_scale: 0 to 100; 1 turns guidance off.
+        guidance_reuse: most steps, after the first third of them, that share what guidance changes; 1 = none. 8 saves a
+            quarter of the work and hardly changes the picture (docs/performance.md). gigdiff's own models only.
         height, width: pixels, multiples of 8.
         seed: 0 to 2**63 - 1; None draws one, reported in `.info["seed"]` and in the result.
         lora: a LoRA file, folder or hub id, or a list of several to use together; None takes out what was in.
@@ -205,6 +210,7 @@ def generate(
         num_images_per_prompt=num_images_per_prompt,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_reuse=guidance_reuse,
         height=height,
         width=width,
         seed=seed,
@@ -239,6 +245,7 @@ def build_request(
     num_images_per_prompt: int = 1,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_reuse: int = 1,
     height: int | None = None,
     width: int | None = None,
     seed: int | None = None,
@@ -282,6 +289,7 @@ def build_request(
         width=width,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_reuse=guidance_reuse,
         lora=_as_text(lora),
         lora_scale=tuple(lora_scale) if isinstance(lora_scale, list) else lora_scale,  # type: ignore[arg-type]
         truncation=truncation,

@@ -89,8 +89,8 @@ class Scenario:
     Args:
         name: of the row, once a report. family: "diffusion", "GAN", "VAE", "LoRA", ... for the reader.
         model: embedded name, folder or hub id, as gigdiff.load takes it.
-        num_inference_steps, guidance_scale, lora, lora_scale, device, dtype, attention: as in gigdiff; None = the
-        model's. prompts, seeds: instead of the report's own.
+        num_inference_steps, guidance_scale, guidance_reuse, lora, lora_scale, device, dtype, attention: as in gigdiff;
+        None = the model's. prompts, seeds: instead of the report's own.
         training_cost: in words; by default what the model's card says.
     """
 
@@ -99,6 +99,7 @@ class Scenario:
     family: str = ""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_reuse: int = 1
     lora: str | None = None
     lora_scale: float = 1.0
     device: str | None = None
@@ -124,6 +125,7 @@ class Scenario:
     def request(self) -> dict[str, Any]:
         """What of it goes into a GenerationRequest."""
         request = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        request |= {"guidance_reuse": self.guidance_reuse} if self.guidance_reuse > 1 else {}
         return request | ({"lora": self.lora, "lora_scale": self.lora_scale} if self.lora else {})
 
 

@@ -80,6 +80,13 @@ def cli() -> None:
 @click.option("--negative-prompt", help="What to steer away from; needs a guidance scale above 1.")
 @click.option("--steps", "--num-inference-steps", type=int, help="Denoising steps, 1 to 1000. [default: the model's]")
 @click.option("--guidance-scale", "--guidance", type=float, help="0 to 100, 1 = off. [default: the model's]")
+@click.option(
+    "--guidance-reuse",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Most steps that share what guidance changes; 8 saves a quarter.",
+)
 @click.option("--height", type=int, help="Pixels, a multiple of 8. [default: the model's]")
 @click.option("--width", type=int, help="Pixels, a multiple of 8. [default: the model's]")
 @click.option("--lora", multiple=True, help="LoRA file, folder or hub id; give it again for several at once.")

@@ -21,6 +21,8 @@ __all__ = [
     "log_sigmas",
     "min_snr_weight",
     "noise_from_velocity",
+    "noise_per_output",
+    "steps_guided_anew",
     "timesteps_of",
     "velocity",
 ]
@@ -89,3 +91,30 @@ def min_snr_weight(log_sigma: Tensor, gamma: float, prediction_type: str = "v_pr
 def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """uncond + w (cond - uncond) (Ho and Salimans 2022, arXiv 2207.12598, in diffusers' convention: w = 1 is off)."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def steps_guided_anew(steps: int, reuse: int) -> set[int]:
+    """The steps (from 0) that compute both halves of guidance when up to `reuse` steps share one cond - uncond.
+
+    The first third (three at least) all do: there the picture is decided and the difference changes most. From then on
+    one is taken 2, 4, 8, ... times, at most `reuse` times, kept as a difference of predicted noise (the idea of
+    FasterCache, Lv et al. 2024, arXiv 2410.19355).
+    """
+    first = max(3, -(-steps // 3))
+    anew, step, gap = set(range(min(first, steps))), first - 1, 2
+    while (step := step + min(gap, reuse)) < steps:
+        anew.add(step)
+        gap *= 2
+    return anew
+
+
+def noise_per_output(prediction_type: str, a: float) -> float:
+    """How much predicted noise changes with the network's output, at alphas_cumprod = a and a given noisy sample.
+
+    Raises:
+        ValueError: an unknown prediction_type.
+    """
+    factors = {"epsilon": 1.0, "v_prediction": a**0.5, "sample": -((a / (1 - a)) ** 0.5)}
+    if prediction_type not in factors:
+        raise ValueError(f"prediction_type {prediction_type!r} is unknown; known are {', '.join(factors)}")
+    return factors[prediction_type]

@@ -90,6 +90,7 @@ def redraw(path: str | os.PathLike[str], device: str | None = None) -> tuple[Ima
         seed=int(fields["seed"]),
         num_inference_steps=_whole(fields, "num_inference_steps"),
         guidance_scale=float(fields["guidance_scale"]) if "guidance_scale" in fields else None,
+        guidance_reuse=_whole(fields, "guidance_reuse") or 1,
         height=_whole(fields, "height"),
         width=_whole(fields, "width"),
         lora=names or None,

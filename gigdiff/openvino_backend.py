@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 Rows = list[tuple[np.ndarray, ...]]
+#: Layers of a UNet that int8 leaves alone, as patterns of names: where latents, noise level and pooled text come in and
+#: where the result goes out. They are little of the work and half of the error (docs/performance.md).
+NOT_INT8 = (".*conv_in.*", ".*conv_out.*", ".*time_embedding.*", ".*add_embedding.*")
 SIZES_KEPT = 6  # of batches, compiled, in memory at once: each holds the weights, arranged as it wants them
 
 
@@ -143,7 +146,13 @@ def _quantised(model: Any, rows: Rows) -> Any:
     correction (Nagel et al. 2019, arXiv 1906.04721), NNCF's."""
     nncf = imported("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level reaches the root's handlers as well
-    return nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows), model_type=nncf.ModelType.TRANSFORMER)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(rows),
+        subset_size=len(rows),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(patterns=list(NOT_INT8), validate=False),  # not every network has them all
+    )
 
 
 def _save(ov: Any, model: Any, path: Path) -> None:
@@ -163,7 +172,14 @@ def _fingerprint(network: nn.Module, example: Sequence[Tensor], precision: str, 
     """Of the weights and all else that the converted network depends on."""
     import diffusers
 
-    what = [precision, version, torch.__version__, diffusers.__version__, [list(x.shape[1:]) for x in example]]
+    what: list[Any] = [
+        precision,
+        version,
+        torch.__version__,
+        diffusers.__version__,
+        [list(x.shape[1:]) for x in example],
+    ]
+    what += [*NOT_INT8] if precision == "int8" else []
     found = hashlib.sha256(json.dumps([*what, repr(network)]).encode())
     for key, tensor in network.state_dict().items():
         found.update(key.encode())

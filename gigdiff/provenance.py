@@ -88,6 +88,7 @@ def _shared(result: GenerationResult) -> dict[str, str]:
         "width": str(request.width or ""),
         "num_inference_steps": str(request.num_inference_steps or ""),
         "guidance_scale": "" if request.guidance_scale is None else f"{request.guidance_scale:g}",
+        "guidance_reuse": "" if request.guidance_reuse == 1 else str(request.guidance_reuse),
         "truncation": "" if request.truncation is None else f"{request.truncation:g}",
         "scheduler": request.scheduler or "",
         "lora": "\n".join(f"{lora} at {scale:g}" for lora, scale in request.adapters()),

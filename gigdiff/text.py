@@ -21,7 +21,7 @@ from torch import Tensor
 from gigdiff.errors import InputError, MissingDependencyError, ModelMismatchError, ModelNotFoundError
 from gigdiff.products import condense
 
-__all__ = ["MINILM", "MINILM_SHA256", "TextEmbedding", "TextEncoder", "find_minilm", "load_text_encoder"]
+__all__ = ["MINILM", "MINILM_SHA256", "TextEmbedding", "TextEncoder", "cut_note", "find_minilm", "load_text_encoder"]
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -61,6 +61,11 @@ class TextEmbedding:
             )
         pooled = self.pooled * (self.pooled.shape[-1] ** 0.5)
         return torch.cat([pooled.unsqueeze(1), self.tokens], dim=1)
+
+
+def cut_note(name: str, limit: int, left_out: str) -> str:
+    """What a user is told of a prompt that is longer than what model `name` reads."""
+    return f"the prompt is longer than the {limit} tokens that {name} reads; left out: {left_out}"
 
 
 class TextEncoder:

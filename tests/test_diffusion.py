@@ -79,3 +79,33 @@ def test_min_snr_weight_by_hand() -> None:
         torch.tensor([0.0, 0.1]).log().nan_to_num(neginf=-9.0) + torch.tensor([9.0, 0.0]), 5
     )
     assert weights.tolist() == pytest.approx([0.5, 5 / 101], rel=1e-4)
+
+
+def test_which_steps_guide_anew() -> None:
+    anew = diffusion.steps_guided_anew
+    assert anew(15, 1) == set(range(15))
+    assert anew(15, 2) == {0, 1, 2, 3, 4, 6, 8, 10, 12, 14}
+    assert anew(15, 4) == {0, 1, 2, 3, 4, 6, 10, 14}
+    assert anew(15, 1000) == {0, 1, 2, 3, 4, 6, 10}
+    assert anew(4, 8) == {0, 1, 2} and anew(2, 8) == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_change_of_the_output_is_that_change_of_the_noise(kind: str) -> None:
+    """Against DDIM's own conversion of an output to predicted noise, taken from where its step lands."""
+    x, noise = draw(1)
+    outputs = noise, x
+    for t in (50, 500, 950):
+        solver = DDIMScheduler(prediction_type=kind, clip_sample=False, set_alpha_to_one=False)
+        solver.set_timesteps(20)
+        a, before = (float(solver.alphas_cumprod[i]) for i in (t, t - 50))
+        landed = [solver.step(output, t, x).prev_sample for output in outputs]
+        # x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) e with x_0 = (z - sqrt(1 - a) e) / sqrt(a): linear in e.
+        slope = (1 - before) ** 0.5 - (before * (1 - a) / a) ** 0.5
+        expected = (outputs[1] - outputs[0]) * diffusion.noise_per_output(kind, a)
+        torch.testing.assert_close((landed[1] - landed[0]) / slope, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_kind_of_prediction_is_named() -> None:
+    with pytest.raises(ValueError, match="'flow' is unknown; known are epsilon, v_prediction, sample"):
+        diffusion.noise_per_output("flow", 0.5)

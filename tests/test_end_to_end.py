@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import gigdiff
-from gigdiff import api
+from gigdiff import api, provenance
 from gigdiff.cli import main
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError, NumericalError
+from gigdiff.inspection import redraw
 from gigdiff.provenance import read, weights_hash
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -92,6 +93,14 @@ class TestGenerate:
         assert image.size == (64, 96)
         with pytest.raises(InputError, match=r"multiples of 8 from 40 to .*80 x 64"):
             gigdiff.generate("coat", model=tiny_model, height=16)
+
+    def test_reused_guidance_is_in_the_file_and_is_drawn_again(self, tiny_model, tmp_path):
+        settings = {"model": str(tiny_model), "seed": 4, "num_inference_steps": 6, "upscale": False}
+        image = gigdiff.generate("coat", guidance_reuse=2, **settings)
+        assert image.info["guidance_reuse"] == "2" and "guidance_reuse" not in gigdiff.generate("coat", **settings).info
+        path = provenance.save(tmp_path / "coat.png", image, image.info)
+        again, _ = redraw(path)
+        np.testing.assert_array_equal(pixels(again), pixels(image))
 
     def test_ten_thousand_characters_are_condensed_and_reported(self, tiny_model):
         long = "This coat is a dream come true for cold mornings, dear customer. " * 160 + "It is made of red wool."

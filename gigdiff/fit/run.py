@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -109,9 +110,13 @@ class JsonLines:
         temporary.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append {"step": step, **values}, flushed at once."""
+        """Append {"step": step, **values}, flushed at once.
+
+        JSON has no infinity and no NaN (float16 searches its scale by infinite gradients): they are null.
+        """
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
 
 
 class StopSignal:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gigdiff.attention import set_attention
 from gigdiff.cuda_graphs import GraphedNetwork
-from gigdiff.diffusion import guided
+from gigdiff.diffusion import guided, noise_per_output, steps_guided_anew
 from gigdiff.errors import (
     CapabilityError,
     InputError,
@@ -38,7 +38,7 @@ from gigdiff.packing import pack, unpacked
 from gigdiff.precision import embedded_dtype
 from gigdiff.pretrained import EMBEDDED, folder_of
 from gigdiff.schedulers import build_scheduler, possible_schedulers
-from gigdiff.text import TextEmbedding, TextEncoder, load_text_encoder
+from gigdiff.text import TextEmbedding, TextEncoder, cut_note, load_text_encoder
 
 __all__ = ["DiffusionGenerator", "PipelineGenerator", "load_unet", "save_folder", "unet_of"]
 
@@ -131,6 +131,7 @@ class DiffusionGenerator:
             default_guidance=guidance_scale,
             size_range=(height // 2 // 8 * 8, max(height, width) * 4),
             guidance=True,
+            guidance_reuse=True,
             negative_prompt=True,
             image_to_image=True,
             inpaint=True,
@@ -306,7 +307,8 @@ class DiffusionGenerator:
         if count == 1 or self.device.type != "cpu" or (self.dtype != torch.float32 and not compiled):
             return True
         guided = request.guidance_scale != 1.0
-        alone = not guided or self.guidance_interval != (0.0, float("inf"))  # steps of one row an image
+        every = self.guidance_interval == (0.0, float("inf")) and request.guidance_reuse == 1
+        alone = not guided or not every  # steps of one row an image
         key = (count, request.height, request.width, guided, alone, compiled)
         if key not in self._exact:
             shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
@@ -332,12 +334,7 @@ class DiffusionGenerator:
         if self.device.type == "cuda":
             self._embed_at_once(texts)
         embedded = {text: self._embedding(text) for text in dict.fromkeys(texts)}
-        notes = [
-            f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
-            f"left out: {e.cut[0]}"
-            for e in embedded.values()
-            if e.cut[0]
-        ]
+        notes = [cut_note(self.name, self.text_encoder.max_length, e.cut[0]) for e in embedded.values() if e.cut[0]]
         return torch.cat([embedded[text].condition() for text in texts]).to(self.device), notes
 
     def _embed_at_once(self, texts: tuple[str, ...]) -> None:
@@ -397,20 +394,28 @@ class DiffusionGenerator:
         # A stochastic scheduler (LCM, ancestral) draws more noise on the way, again from each image's own generator.
         own = [torch.Generator("cpu").manual_seed(seed ^ 0x5EED) for seed in request.seeds]
         extra = {"generator": own} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        kind, difference = scheduler.config.prediction_type, None
+        both_halves = steps_guided_anew(len(timesteps), request.guidance_reuse)
         with self._autocast():
             for done, t in enumerate(timesteps, 1):
                 a = _alpha(alphas, t)
                 after = _alpha(alphas, timesteps[done]) if done < len(timesteps) else 1.0
                 use_guidance = scale != 1.0 and low <= ((1 - a) / a) ** 0.5 <= high
+                anew = difference is None or done - 1 in both_halves
                 for left in reversed(range(repeats)):
                     solver = copy.deepcopy(scheduler) if left else scheduler  # a repeated step leaves no trace in it
                     z = solver.scale_model_input(latents, t)
-                    if use_guidance:
+                    if use_guidance and anew:
                         both = self._unet(torch.cat([z, z]), t, torch.cat([negative, condition]))
                         unconditional, conditional = both.chunk(2)
                         output = guided(unconditional, conditional, scale)
+                        # Kept as a difference of noise: that changes least from step to step.
+                        difference = (conditional - unconditional) * noise_per_output(kind, a)
                     else:
                         output = self._unet(z, t, condition)
+                        if use_guidance:
+                            assert difference is not None
+                            output = output + (scale - 1) * difference / noise_per_output(kind, a)
                     stepped = solver.step(output, t, latents, return_dict=False, **extra)[0]
                     if mask is not None:
                         stepped = mask * stepped + (1 - mask) * _noised(known, drawn, after, scheduler)
@@ -796,7 +801,7 @@ class PipelineGenerator:
             ids = tokenizer(prompt, verbose=False)["input_ids"]
             if len(ids) > limit:
                 left_out = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip()
-                yield f"the prompt is longer than the {limit} tokens that {self.name} reads; left out: {left_out}"
+                yield cut_note(self.name, limit, left_out)
 
 
 def _enable_on_vae(pipeline: Any, method: str) -> None:

@@ -31,7 +31,7 @@ from gigdiff.models.saving import save_network
 from gigdiff.models.vae import VaeOutput
 from gigdiff.packing import pack
 from gigdiff.precision import embedded_dtype
-from gigdiff.text import TextEncoder, load_text_encoder
+from gigdiff.text import TextEncoder, cut_note, load_text_encoder
 
 __all__ = ["OnePassGenerator", "save_one_pass"]
 
@@ -200,10 +200,7 @@ class OnePassGenerator:
             embedding = self.text_encoder.encode_alone(text)
             conditions[text] = embedding.condition()
             if embedding.cut[0]:
-                notes.append(
-                    f"the prompt is longer than the {self.text_encoder.max_length} tokens that {self.name} reads; "
-                    f"left out: {embedding.cut[0]}"
-                )
+                notes.append(cut_note(self.name, self.text_encoder.max_length, embedding.cut[0]))
         return torch.cat([conditions[text] for text in texts]), notes
 
 

@@ -56,7 +56,8 @@ class Capabilities:
         sizes: the only (height, width) it can draw, or None: any multiple of `size_multiple` in `size_range`.
         size_multiple: height and width must be multiples of this (at least 8).
         size_range: least and greatest height or width.
-        text: follows a prompt. guidance, negative_prompt, image_to_image, inpaint, lora, truncation: has that control.
+        text: follows a prompt. guidance, guidance_reuse, negative_prompt, image_to_image, inpaint, lora, truncation:
+            has that control.
         default_truncation: truncation when the request names none; 1.0 = off.
         schedulers: the solvers of gigdiff.schedulers that it can draw with; () = none but its own.
     """
@@ -70,6 +71,7 @@ class Capabilities:
     size_range: tuple[int, int] = (8, MAX_SIZE)
     text: bool = True
     guidance: bool = False
+    guidance_reuse: bool = False
     negative_prompt: bool = False
     image_to_image: bool = False
     inpaint: bool = False
@@ -93,6 +95,7 @@ class GenerationRequest:
         height, width: pixels, multiples of 8 up to 4096.
         num_inference_steps: 1 to 1000.
         guidance_scale: 0 to 100; 1 = off, w means uncond + w (cond - uncond).
+        guidance_reuse: 1 to 1000; most steps, after the first third of them, that share one cond - uncond; 1 = none.
         lora: paths or hub ids of LoRA files, used together; one text or several, kept as a tuple, () for none.
         lora_scale: their strengths, 1.0 = as trained; one for all or one each, kept as a tuple of as many as loras.
         truncation: 0 to 2, for GANs and VAEs: how far from the most typical picture of a prompt; 1 = as trained.
@@ -109,6 +112,7 @@ class GenerationRequest:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_reuse: int = 1
     lora: str | tuple[str, ...] | None = None
     lora_scale: float | tuple[float, ...] = 1.0
     truncation: float | None = None
@@ -145,6 +149,7 @@ class GenerationRequest:
                     f"negative_prompt does nothing at guidance_scale={self.guidance_scale:g}; "
                     "set guidance_scale above 1 or drop negative_prompt."
                 )
+        check_integer("guidance_reuse", self.guidance_reuse, 1, MAX_STEPS)
         loras, scales = check_loras(self.lora, self.lora_scale)
         object.__setattr__(self, "lora", loras)
         object.__setattr__(self, "lora_scale", scales)
@@ -300,6 +305,17 @@ def validate(request: GenerationRequest, capabilities: Capabilities, model: str 
         raise CapabilityError(
             f"guidance_scale={guidance:g} was given, but {model} has no guidance; leave it out or set it to 1."
         )
+    if request.guidance_reuse > 1:
+        if not can.guidance_reuse:
+            raise CapabilityError(
+                f"guidance_reuse={request.guidance_reuse} was given, but {model} can't; leave it out. gigdiff's own "
+                "diffusion models can."
+            )
+        if guidance == 1.0:
+            raise InputError(
+                f"guidance_reuse does nothing without guidance, and {model} draws at guidance_scale=1 here; "
+                "leave it out or set guidance_scale above 1."
+            )
     if any(text.strip() for text in request.negative_prompts or ()):
         if not can.negative_prompt:
             raise CapabilityError(f"negative_prompt was given, but {model} has none; leave it out.")

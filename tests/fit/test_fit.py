@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -227,6 +228,18 @@ def test_the_log_drops_what_a_resumed_run_will_do_again(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}, {"step": 4, "loss": 9},
     ]  # fmt: skip
+
+
+def test_every_line_of_the_log_is_json_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    """float16's first gradient norms are infinite, and strict readers refused the line."""
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.write(1, {"loss": 0.5, "grad_norm": math.inf, "best": math.nan, "note": "x"})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads(log.path.read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": 0.5, "grad_norm": None, "best": None, "note": "x"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals to oneself are POSIX")

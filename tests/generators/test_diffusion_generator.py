@@ -58,6 +58,31 @@ def test_guidance_outside_its_interval_is_no_guidance(tiny_model: Path) -> None:
     assert not np.array_equal(draw(always, guidance_scale=7.0), draw(never, guidance_scale=7.0))
 
 
+def test_reused_guidance_saves_rows_and_keeps_the_picture_and_its_bits_in_a_batch(
+    generator: DiffusionGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    plain = DiffusionGenerator._unet
+    monkeypatch.setattr(
+        DiffusionGenerator, "_unet", lambda self, z, *rest: rows.append(len(z)) or plain(self, z, *rest)
+    )
+    settings = {"num_inference_steps": 9, "guidance_scale": 6.0}
+    base = draw(generator, **settings)
+    rows.clear()
+    reused = draw(generator, **settings, guidance_reuse=3)
+    # Rows an image; what comes before tries whether a batch is exact, and in float32 it may not be.
+    assert [n // min(rows) for n in rows[-9:]] == [2, 2, 2, 1, 2, 1, 1, 2, 1]
+    without = draw(generator, **settings | {"guidance_scale": 1.0})
+    far, near = (np.abs(x.astype(float) - base).mean() for x in (without, reused))
+    assert 0 < near < far / 2  # random weights: a trained model's pictures stay far nearer
+    assert np.array_equal(draw(generator, **settings, guidance_reuse=3, prompts=PROMPTS[1:2], seeds=(2,))[0], reused[1])
+
+
+def test_guidance_that_is_not_reused_is_as_before(generator: DiffusionGenerator) -> None:
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0}  # of three steps each guides anew
+    assert np.array_equal(draw(generator, **settings, guidance_reuse=5), draw(generator, **settings))
+
+
 def test_a_stock_diffusers_pipeline_reads_the_folder_and_draws_the_same(tiny_model: Path) -> None:
     """No gigdiff code but the autoencoder's class: StableDiffusionPipeline with our prompt embeddings."""
     from diffusers import StableDiffusionPipeline

@@ -70,6 +70,8 @@ def test_part_keeps_prompts_seeds_and_negatives_together():
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
         ({"guidance_scale": -1}, "guidance_scale=-1 is out of range; allowed are 0 to 100"),
         ({"guidance_scale": "high"}, "must be a number"),
+        ({"guidance_reuse": 0}, "guidance_reuse=0 is out of range; allowed are 1 to 1000"),
+        ({"guidance_reuse": None}, "guidance_reuse is None"),
         ({"negative_prompts": ("blurry",), "guidance_scale": 1.0}, "guidance_scale above 1"),
         ({"lora": ""}, "path or hub id"),
         ({"lora_scale": float("nan")}, "lora_scale"),
@@ -92,6 +94,7 @@ def test_ten_thousand_characters_are_taken():
         ({"height": 96}, r"can't draw 96 x 64 .*; it draws 80 x 64, 160 x 128"),
         ({"num_inference_steps": 5}, "it takes 1 to 4; leave it out for 1"),
         ({"guidance_scale": 3.0}, "has no guidance"),
+        ({"guidance_reuse": 3}, "guidance_reuse=3 was given, but turbo can't"),
         ({"negative_prompts": ("blurry",)}, "negative_prompt was given, but turbo has none"),
         ({"lora": "x.safetensors"}, "can't load LoRA"),
     ],
@@ -122,6 +125,13 @@ def test_negative_prompt_needs_a_model_that_guides_by_default():
     with pytest.raises(InputError, match="set guidance_scale above 1"):
         validate(request(negative_prompts=("blurry",)), unguided)
     validate(request(negative_prompts=("blurry",), guidance_scale=2.0), unguided)
+
+
+def test_guidance_reuse_needs_guidance():
+    can = dataclasses.replace(PLAIN, guidance_reuse=True)
+    assert validate(request(guidance_reuse=3), can).guidance_reuse == 3
+    with pytest.raises(InputError, match="guidance_reuse does nothing without guidance"):
+        validate(request(guidance_reuse=3, guidance_scale=1.0), can)
 
 
 def test_the_test_generators_meet_the_protocol(painter):
