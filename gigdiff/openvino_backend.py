@@ -141,9 +141,12 @@ def _converted(ov: Any, network: nn.Module, example: tuple[Tensor, ...]) -> Any:
         return ov.convert_model(network, example_input=example, input=shapes)
 
 
-def _quantised(model: Any, rows: Rows) -> Any:
-    """Post-training quantisation with smoothing for transformers (Xiao et al. 2023, arXiv 2211.10438) and bias
-    correction (Nagel et al. 2019, arXiv 1906.04721), NNCF's."""
+def _quantised(model: Any, rows: Rows, left_out: Sequence[str] = NOT_INT8) -> Any:
+    """NNCF's post-training quantisation of all layers but `left_out`, patterns of their names.
+
+    With smoothing for transformers (Xiao et al. 2023, arXiv 2211.10438) and bias correction (Nagel et al. 2019, arXiv
+    1906.04721).
+    """
     nncf = imported("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level reaches the root's handlers as well
     return nncf.quantize(
@@ -151,7 +154,7 @@ def _quantised(model: Any, rows: Rows) -> Any:
         nncf.Dataset(rows),
         subset_size=len(rows),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(patterns=list(NOT_INT8), validate=False),  # not every network has them all
+        ignored_scope=nncf.IgnoredScope(patterns=list(left_out), validate=False),  # not every network has them all
     )
 
 

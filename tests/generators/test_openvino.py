@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,16 @@ def test_int8_leaves_the_first_and_last_layers_alone(tiny_model: Path, cache: Pa
     }
     assert any("resnets" in name for name in in_int8)
     assert not any(part in name for name in in_int8 for part in ("conv_in", "conv_out", "time_embedding"))
+
+
+def test_the_benchmark_of_runtimes_measures_each(tiny_model: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "runtimes.py"
+    command = [sys.executable, str(script), "--model", str(tiny_model), "--rows", "2", "--repeats", "2"]
+    done = subprocess.run([*command, "--left_out", "nothing"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["runtime"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert rows["OpenVINO, float32"]["error"] == 0 < rows["OpenVINO, int8 but nothing"]["error"] < 0.5
+    assert all(row["ms, 2 rows"][1] <= row["ms, 2 rows"][0] <= row["ms, 2 rows"][2] for row in rows.values())
 
 
 def test_timesteps_are_not_rounded() -> None:
