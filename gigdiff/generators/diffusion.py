@@ -409,8 +409,9 @@ class DiffusionGenerator:
                         both = self._unet(torch.cat([z, z]), t, torch.cat([negative, condition]))
                         unconditional, conditional = both.chunk(2)
                         output = guided(unconditional, conditional, scale)
-                        # Kept as a difference of noise: that changes least from step to step.
-                        difference = (conditional - unconditional) * noise_per_output(kind, a)
+                        if request.guidance_reuse > 1:
+                            # Kept as a difference of noise: that changes least from step to step.
+                            difference = (conditional - unconditional) * noise_per_output(kind, a)
                     else:
                         output = self._unet(z, t, condition)
                         if use_guidance:
