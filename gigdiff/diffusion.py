@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gigdiff.errors import InputError
+
 __all__ = [
     "add_noise",
     "alpha_beta",
@@ -112,9 +114,9 @@ def noise_per_output(prediction_type: str, a: float) -> float:
     """How much predicted noise changes with the network's output, at alphas_cumprod = a and a given noisy sample.
 
     Raises:
-        ValueError: an unknown prediction_type.
+        InputError: an unknown prediction_type.
     """
     factors = {"epsilon": 1.0, "v_prediction": a**0.5, "sample": -((a / (1 - a)) ** 0.5)}
     if prediction_type not in factors:
-        raise ValueError(f"prediction_type {prediction_type!r} is unknown; known are {', '.join(factors)}")
+        raise InputError(f"prediction_type {prediction_type!r} is unknown; known are {', '.join(factors)}")
     return factors[prediction_type]

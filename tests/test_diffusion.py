@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from gigdiff import diffusion
+from gigdiff.errors import InputError
 
 
 @pytest.fixture
@@ -107,5 +108,5 @@ def test_a_change_of_the_output_is_that_change_of_the_noise(kind: str) -> None:
 
 
 def test_an_unknown_kind_of_prediction_is_named() -> None:
-    with pytest.raises(ValueError, match="'flow' is unknown; known are epsilon, v_prediction, sample"):
+    with pytest.raises(InputError, match="'flow' is unknown; known are epsilon, v_prediction, sample"):
         diffusion.noise_per_output("flow", 0.5)
