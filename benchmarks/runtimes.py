@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from speed_measure import interleaved, spread  # beside this file
 
 import gigdiff
 from gigdiff import openvino_backend
@@ -73,28 +73,21 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def by_openvino(model: Any, precision: str) -> Callable[[int], Way]:
         def build(count: int) -> Way:
-            sized = model.clone()
-            sized.reshape({i: [count, *x.shape[1:]] for i, x in enumerate(example)})
-            hints = {
-                "INFERENCE_PRECISION_HINT": precision,
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                "PERFORMANCE_HINT": "LATENCY",
-            }
-            request = ov.Core().compile_model(sized, "CPU", hints).create_infer_request()
+            request = openvino_backend._sized(ov.Core(), model.clone(), example, count, precision)
             return lambda x: request.infer(list(x))[0].copy()
 
         return build
 
     ways: dict[str, Callable[[int], Way]] = {
-        "OpenVINO, float32": by_openvino(converted, "f32"),
-        "OpenVINO, bfloat16": by_openvino(converted, "bf16"),
+        "OpenVINO, float32": by_openvino(converted, "float32"),
+        "OpenVINO, bfloat16": by_openvino(converted, "bfloat16"),
         f"torch, {str(generator.dtype).removeprefix('torch.')}": lambda count: by_torch(generator),
     }
     for patterns in args.left_out:
         names = () if patterns == "nothing" else tuple(patterns.split(","))
         log(f"int8 without {patterns}")
         quantised = openvino_backend._quantised(converted.clone(), inputs, names)
-        ways[f"OpenVINO, int8 but {patterns}"] = by_openvino(quantised, "bf16")
+        ways[f"OpenVINO, int8 but {patterns}"] = by_openvino(quantised, "bfloat16")
     try:
         ways["ONNX Runtime, float32"] = by_onnxruntime(network, example)
     except ImportError as error:
@@ -104,16 +97,9 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [{"runtime": name, "error": relative(by_all(build(2), inputs), exact)} for name, build in ways.items()]
     for count in args.rows:
         batch = tuple(np.concatenate([inputs[i % len(inputs)][k] for i in range(count)]) for k in range(3))
-        built = [build(count) for build in ways.values()]
-        seconds: list[list[float]] = [[] for _ in built]
-        for turn in range(args.repeats + 1):
-            for way, found in zip(built, seconds, strict=True):
-                started = time.perf_counter()
-                way(batch)
-                if turn:  # the first warms up
-                    found.append(time.perf_counter() - started)
-        for row, found in zip(rows, seconds, strict=True):
-            row[f"ms, {count} rows"] = [1e3 * f(found) for f in (statistics.median, min, max)]
+        seconds = interleaved({name: partial(build(count), batch) for name, build in ways.items()}, args.repeats)
+        for row in rows:
+            row[f"ms, {count} rows"] = [1e3 * x for x in spread(seconds[row["runtime"]]).values()]
     return rows
 
 

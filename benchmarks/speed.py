@@ -54,14 +54,15 @@ OURS: dict[str, dict[str, Any]] = {
     "gigdiff, guidance reused": {"guidance_reuse": 8},
     "gigdiff, OpenVINO, guidance reused": {"backend": "openvino", "guidance_reuse": 8},
 }
+#: Those that a student can: it has no guidance to reuse.
+FOR_STUDENTS = {ours: how for ours, how in OURS.items() if "guidance_reuse" not in how}
 #: (part, way, against, batch) -> the ratio that is wanted (issue 6).
 GOALS = {
     **{("inference", ours, STOCK, batch): goal for ours in OURS for batch, goal in ((1, 2.0), (16, 2.5))},
     **{("inference", ours, STOCK_BF16, batch): 1.3 for ours in OURS for batch in (1, 16)},
     **{
         ("student", f"student, {steps}, {ours}", "stock, 25 steps", 1): goal
-        for ours, how in OURS.items() if "guidance_reuse" not in how
-        for steps, goal in (("4 steps", 15.0), ("1 step", 35.0))
+        for ours in FOR_STUDENTS for steps, goal in (("4 steps", 15.0), ("1 step", 35.0))
     },
     ("training", "gigdiff's loop", "diffusers' loop, fp32", None): 3.0,
     ("training", "gigdiff's loop", "diffusers' loop, bf16", None): 1.5,
@@ -75,8 +76,8 @@ def builders(part: str, args: argparse.Namespace, batch: int) -> dict[str, ways.
             f"student, {n} step{'s' * (n > 1)}, {ours}": functools.partial(
                 ways.ours, args, batch, steps=n, model=args.student, **how
             )
-            for ours, how in OURS.items()
-            if ours in args.ours and "guidance_reuse" not in how  # a student has none
+            for ours, how in FOR_STUDENTS.items()
+            if ours in args.ours
             for n in (4, 2, 1)
         }
         return {"stock, 25 steps": functools.partial(ways.stock, args, batch, steps=25), **few}

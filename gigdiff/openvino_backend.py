@@ -109,19 +109,13 @@ def compiled(
             model = _quantised(model, calibration())
         _save(ov, model, path)
     inner = default_precision() if precision == "int8" else precision
-    hints = {
-        "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[inner],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
     requests: dict[int, Any] = {}
     turn = threading.Lock()
 
     def request(size: int) -> Any:
         found = requests.pop(size, None)
         if found is None:
-            model.reshape({i: [size, *x.shape[1:]] for i, x in enumerate(example)})
-            found = core.compile_model(model, "CPU", hints).create_infer_request()
+            found = _sized(core, model, example, size, inner)
         requests[size] = found  # the newest is last
         if len(requests) > SIZES_KEPT:
             del requests[next(iter(requests))]
@@ -139,6 +133,17 @@ def _converted(ov: Any, network: nn.Module, example: tuple[Tensor, ...]) -> Any:
     shapes = [ov.PartialShape([-1, *x.shape[1:]]) for x in example]
     with torch.no_grad(), _quiet_tracer():
         return ov.convert_model(network, example_input=example, input=shapes)
+
+
+def _sized(core: Any, model: Any, example: Sequence[Tensor], size: int, precision: str) -> Any:
+    """The model compiled for `size` samples of `example`'s shapes, ready to infer. The model itself is reshaped."""
+    model.reshape({i: [size, *x.shape[1:]] for i, x in enumerate(example)})
+    hints = {
+        "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return core.compile_model(model, "CPU", hints).create_infer_request()
 
 
 def _quantised(model: Any, rows: Rows, left_out: Sequence[str] = NOT_INT8) -> Any:
