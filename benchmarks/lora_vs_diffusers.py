@@ -12,8 +12,11 @@ process's (ru_maxrss), and the held-out loss of its LoRA is measured by one func
 way after the other runs `--short` and `--long` steps; the difference of a pair leaves out start-up, encoding, previews
 and saving: images a second after caching, of which the median and the range are reported.
 
-The model has Stable Diffusion's layout at about a tenth of its widths, random weights. `--resolution` is by default
-Stable Diffusion's own 512 (photos are enlarged), where encoding weighs against a step what it does at full widths.
+The model has Stable Diffusion's layout and random weights; `--width` is its first level's, 320 in Stable Diffusion 1.5.
+What a step is made of depends on width and resolution: convolutions cost the square of the width, attention the width
+times the square of the places. In multiplications, of 1.5 at 512 x 512 the attention products are 16% of the UNet's
+and encoding a photo costs 1.39 passes of the UNet; the default 128 at 256 x 256 has 11% and 1.26, 32 at 512 x 512 has
+65% and 1.10, 32 at 128 x 128 13% and 2.05 (torch.utils.flop_counter).
 Where torchvision isn't installed, the peer is lent a stand-in of its five transforms, written with Pillow and torch.
 """
 
@@ -23,6 +26,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -100,8 +104,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def build_model(folder: Path) -> Path:
-    """A StableDiffusionPipeline folder: SD's four levels, depth and block types at about a tenth of its widths.
+def build_model(folder: Path, width: int) -> Path:
+    """A StableDiffusionPipeline folder: SD's four levels, depth and block types at `width` / 320 of its widths.
 
     Heads are 32 wide at every level, as Stable Diffusion 2's are 64 and 1.5's 40 and more. 1.5's eight heads at a tenth
     of its widths would be 4 wide, a size that no attention kernel is made for: nine tenths of a step were exponentials.
@@ -118,18 +122,22 @@ def build_model(folder: Path) -> Path:
     (words / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
     (words / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=77)
+    # 2.4 and 0.4 times the UNet's width in Stable Diffusion; rounded to heads of a multiple of 8 and to norm groups.
+    words_width, vae_width = 12 * 8 * math.ceil(2.4 * width / 12 / 8), 16 * max(1, round(0.4 * width / 16))
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(vocabulary), hidden_size=96, intermediate_size=384, num_hidden_layers=12,
-            num_attention_heads=12, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
+            vocab_size=len(vocabulary), hidden_size=words_width, intermediate_size=4 * words_width,
+            num_hidden_layers=12, num_attention_heads=12,
+            bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64, 128, 128), cross_attention_dim=96, attention_head_dim=(1, 2, 4, 4),
-        norm_num_groups=16,
+        sample_size=16, block_out_channels=tuple(width * k for k in (1, 2, 4, 4)), cross_attention_dim=words_width,
+        attention_head_dim=tuple(width // 32 * k for k in (1, 2, 4, 4)), norm_num_groups=16,
     )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=16, sample_size=128,
+        block_out_channels=tuple(vae_width * k for k in (1, 2, 4, 4)), layers_per_block=2, norm_num_groups=16,
+        sample_size=128,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -220,7 +228,8 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train_batch_size", type=int, default=4)
-    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--width", type=int, default=128, help="channels of the first level, a multiple of 32")
+    parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -230,7 +239,7 @@ def main() -> None:
 
     peer = Path(arguments.peer)
     work = Path(tempfile.mkdtemp(prefix="lora-vs-"))
-    model = build_model(work / "model")
+    model = build_model(work / "model", arguments.width)
     train, held = copy_photos(Path(arguments.photos), work / "photos", 6)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
     launch = [str(peer)]

@@ -190,17 +190,19 @@ def _generate(
 
     if not quiet:
         click.echo(f"gigdiff: loading {model}", err=True)
-    from gigdiff.lean_imports import EAGER, import_later
+    from gigdiff.api import find_generator, load
+    from gigdiff.lean_imports import lean_imports
+    from gigdiff.pretrained import EMBEDDED
 
-    import_later(*EAGER)
     generator: Any = model
-    if offload or vae_tiling or vae_slicing or dtype or backend != "torch":
-        from gigdiff.api import load
-
-        generator = load(
-            model, device, dtype, backend=backend, offload=offload, vae_tiling=vae_tiling, vae_slicing=vae_slicing
-        )
-        device = None  # it is the loaded model's
+    with lean_imports(compiles=backend == "compile" or model not in EMBEDDED):
+        if offload or vae_tiling or vae_slicing or dtype or backend != "torch":
+            generator = load(
+                model, device, dtype, backend=backend, offload=offload, vae_tiling=vae_tiling, vae_slicing=vae_slicing
+            )
+            device = None  # it is the loaded model's
+        else:
+            find_generator(model, device)  # iter_results finds it again
     drawn: list[Any] = []
     results = []
     for result in iter_results(

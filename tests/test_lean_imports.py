@@ -34,6 +34,48 @@ print(scipy.stats.norm.cdf(0.0))
     assert run(code) == "0.5"
 
 
+def test_what_others_only_take_for_later_is_imported_when_it_is_used() -> None:
+    code = """
+import sys
+from gigdiff.lean_imports import lean_imports
+with lean_imports(compiles=False):
+    from scipy.optimize import linear_sum_assignment
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+assert "torch._dynamo" not in sys.modules and "scipy.optimize._minimize" not in sys.modules
+rows, columns = linear_sum_assignment([[4, 1], [2, 3]])  # its module is imported now
+assert "scipy.optimize._minimize" in sys.modules and columns.tolist() == [1, 0]
+import torch
+double = torch.compile(lambda x: 2 * x, backend="eager")  # so is the compiler, and it compiles
+assert double(torch.ones(2)).tolist() == [2, 2]
+with lean_imports(compiles=False):
+    assert torch._dynamo.allow_in_graph.__module__ == "torch._dynamo.decorators"
+print("good")
+"""
+    assert run(code) == "good"
+
+
+def test_a_compiler_that_is_used_meanwhile_is_the_real_one() -> None:
+    code = """
+import sys
+from gigdiff.lean_imports import lean_imports
+with lean_imports(compiles=False):
+    import torch
+    @torch.compiler.disable()
+    def one(): return 1
+    from torch._dynamo import allow_in_graph
+    assert allow_in_graph(one) is one and "torch._dynamo.decorators" not in sys.modules
+    assert torch._dynamo.is_compiling() is False
+    from torch._dynamo import allow_in_graph
+    assert allow_in_graph.__module__ == "torch._dynamo.decorators"
+assert sys.modules["torch._dynamo"] is torch._dynamo
+with lean_imports(compiles=True):
+    assert torch._dynamo.allow_in_graph is allow_in_graph
+print(one())
+"""
+    assert run(code) == "1"
+
+
 def test_the_command_draws_without_them(tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -42,7 +84,10 @@ try:
     main(["generate", "red wool coat", "--steps", "1", "--model", "mini-turbo", "--output", {str(tmp_path)!r}])
 except SystemExit as end:
     assert not end.code
-unneeded = {{"scipy.stats._stats_py", "diffusers.models.transformers.transformer_flux"}}
+unneeded = {{
+    "torch._dynamo.convert_frame", "scipy.integrate._bvp", "scipy.optimize._minimize", "scipy.stats._stats_py",
+    "diffusers.models.transformers.transformer_flux",
+}}
 print(sorted(unneeded & set(sys.modules)))
 """
     assert run(code).splitlines()[-1] == "[]"

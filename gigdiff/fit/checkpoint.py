@@ -38,12 +38,16 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimizer's state as named tensors: `<parameter index>.<state name>` (pickle-free, unlike torch.save)."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, entries in state.items()
-        for name, value in entries.items()
-    }
+    tensors = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            # bitsandbytes puts its bytes into a dict of their own, out of FSDP's sight, with one table for all of
+            # them, which a safetensors file refuses as shared. It takes them back without the dict.
+            inside = value.items() if isinstance(value, dict) else [(name, value)]
+            for key, tensor in inside:
+                kept = torch.as_tensor(tensor).detach().cpu().contiguous()
+                tensors[f"{index}.{key}"] = kept.clone() if isinstance(value, dict) else kept
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:

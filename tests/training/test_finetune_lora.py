@@ -226,6 +226,23 @@ def test_variants_resume_exactly_and_draw_what_was_previewed(changes: dict, conf
         assert np.array_equal(np.asarray(preview.convert("RGB")), np.asarray(drawn))
 
 
+def test_8bit_adam_keeps_bytes_resumes_exactly_and_trains_as_adam_does(config: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = dataclasses.replace(config, rank=128, use_8bit_adam=True)  # below 4,096 values it keeps float32
+    F.finetune(config)
+    moments = load_file(Path(config.output_dir) / "checkpoint-2" / "optimizer.safetensors")
+    assert torch.uint8 in {t.dtype for t in moments.values()}
+    again = continued(config, tmp_path)
+    F.finetune(again)
+    assert losses(again.output_dir) == losses(config.output_dir)
+    assert equal(weights(again.output_dir), weights(config.output_dir))
+    plain = dataclasses.replace(config, output_dir=str(tmp_path / "plain"), use_8bit_adam=False)
+    F.finetune(plain)
+    for ours, theirs in zip(losses(config.output_dir), losses(plain.output_dir), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    assert not equal(weights(config.output_dir), weights(plain.output_dir))
+
+
 def test_bf16_keeps_the_lora_in_float32(config: Any, tiny_pipeline: Path) -> None:
     config = short(config, pretrained_model_name_or_path=str(tiny_pipeline), mixed_precision="bf16", resolution=64)
     F.finetune(config)
@@ -373,7 +390,8 @@ def test_another_global_batch_or_seed_is_refused_with_the_reason(config: Any) ->
         ({"resume_from_checkpoint": "checkpoint-7"}, "no complete checkpoint there"),
     ],
 )
-def test_bad_flags_say_what_mends_them(changes: dict, message: str, config: Any) -> None:
+def test_bad_flags_say_what_mends_them(changes: dict, message: str, config: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
     with pytest.raises(GigdiffError, match=message):
         F.finetune(short(config, **changes))
     assert not (Path(config.output_dir) / L.WEIGHTS_NAME).exists()
