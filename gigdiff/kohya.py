@@ -88,10 +88,12 @@ _FUSED: dict[str, list[tuple[str, str, dict[str, tuple[str, ...]]]]] = {
                 "x_block_attn2_proj": ("attn2.to_out.0",),
                 "x_block_mlp_fc1": ("ff.net.0.proj",),
                 "x_block_mlp_fc2": ("ff.net.2",),
+                "x_block_adaLN_modulation_1": ("norm1.linear",),
                 "context_block_attn_qkv": _ADDED,
                 "context_block_attn_proj": ("attn.to_add_out",),
                 "context_block_mlp_fc1": ("ff_context.net.0.proj",),
                 "context_block_mlp_fc2": ("ff_context.net.2",),
+                "context_block_adaLN_modulation_1": ("norm1_context.linear",),
             },
         ),
     ],
@@ -248,7 +250,7 @@ def _to_diffusers(name: str, layer: _Layer, naming: str) -> dict[str, _Layer]:
         match = re.fullmatch(rf"{theirs}_(\d+)_(.+)", name)
         if match and match[2] in layers:
             modules = [f"{ours}.{match[1]}.{module}" for module in layers[match[2]]]
-            return dict(zip(modules, _split(layer, len(modules)), strict=True))
+            return dict(zip(modules, _split(_modulating(match[2], layer), len(modules)), strict=True))
     return {_split_words(name): layer}
 
 
@@ -265,10 +267,19 @@ def _to_theirs(layers: Mapping[str, _Layer], naming: str) -> dict[str, _Layer]:
                 found = [one for one in have if one is not None]
                 if found:
                     whole = [one or _nothing(module, found[0]) for one, module in zip(have, modules, strict=True)]
-                    out[f"{theirs}_{block}_{their_layer}"] = _join(whole)
+                    out[f"{theirs}_{block}_{their_layer}"] = _modulating(their_layer, _join(whole))
     for module, layer in left.items():
         out[_to_ldm(module) if naming == "ldm" else module.replace(".", "_")] = layer
     return out
+
+
+def _modulating(their_layer: str, layer: _Layer) -> _Layer:
+    """SD3's last block modulates its text by shift and scale alone, which diffusers has the other way round."""
+    if their_layer != "context_block_adaLN_modulation_1" or layer.up.shape[0] != 2 * layer.down.shape[1]:
+        return layer
+    half = layer.down.shape[1]
+    magnitude = None if layer.magnitude is None else layer.magnitude.roll(half)
+    return _Layer(layer.down, layer.up.roll(half, 0), magnitude, layer.alpha)
 
 
 def _nothing(module: str, beside: _Layer) -> _Layer:

@@ -60,6 +60,8 @@ FILES = {
         "lora_unet_joint_blocks_7_x_block_attn_qkv": (8, 24),
         "lora_unet_joint_blocks_7_context_block_attn_proj": (8, 8),
         "lora_unet_joint_blocks_0_x_block_mlp_fc1": (8, 32),
+        "lora_unet_joint_blocks_0_x_block_adaLN_modulation_1": (8, 48),
+        "lora_unet_joint_blocks_23_context_block_adaLN_modulation_1": (8, 16),
     },
 }
 
@@ -81,6 +83,32 @@ def test_kohya_to_diffusers_to_kohya_is_identical(family: str, tmp_path: Path) -
         assert dict(file.metadata()) == header
     with pytest.raises(InputError, match="diffusers already"):
         lora.convert(second, third, "diffusers")
+
+
+def test_every_layer_of_a_fused_block_has_a_name_in_theirs(tiny_sd3: Path, tiny_flux: Path) -> None:
+    """Else it keeps diffusers' name, at which kohya's loader shrugs: SD3's modulation did."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    sd3 = SD3Transformer2DModel.from_pretrained(tiny_sd3 / "transformer")
+    flux = FluxTransformer2DModel.from_pretrained(tiny_flux / "transformer")
+    for naming, model in (("sd3", sd3), ("flux", flux)):
+        layers = {
+            name: kohya._Layer(torch.zeros(1, m.in_features), torch.zeros(m.out_features, 1), None, 1.0)
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and "transformer_blocks" in name
+        }
+        theirs = kohya._to_theirs(layers, naming)
+        assert theirs and not [name for name in theirs if "transformer_blocks" in name]
+
+
+def test_shift_and_scale_of_sd3s_last_block_change_places() -> None:
+    """As diffusers' own loader of Stability's files does (swap_scale_shift); in other blocks they don't."""
+    up = torch.arange(16.0).reshape(16, 1)
+    for rows, expected in ((16, up.roll(8, 0)), (48, torch.cat([up, up, up]))):
+        name = "lora_unet_joint_blocks_23_context_block_adaLN_modulation_1"
+        file = {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": up.repeat(rows // 16, 1)}
+        read = kohya.from_kohya(file).tensors
+        assert torch.equal(read["transformer.transformer_blocks.23.norm1_context.linear.lora_B.weight"], expected)
 
 
 def modules_of(model: nn.Module) -> list[str]:
