@@ -159,7 +159,7 @@ def test_spandrel_models(tmp_path: Path):
     """A Real-ESRGAN network of tiny size with random weights, as its authors' files are laid out."""
     spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed: pip install 'gigdiff[upscalers]'")
     from safetensors.torch import save_file
-    from spandrel.architectures.ESRGAN import RRDBNet
+    from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
 
     torch.manual_seed(0)
     save_file(
