@@ -1,11 +1,12 @@
 """One pass of the UNet by every runtime there is for a CPU: how long, and how far from float32.
 
-    pip install onnxruntime onnx                      # optional; without them their row says so
+    pip install onnxruntime onnx torchao              # optional; what is not there is left out, and stderr says so
     python benchmarks/runtimes.py --model mini
 
 torch as gigdiff draws with it, OpenVINO in float32, bfloat16 and int8 (with each choice of --left_out: layers that stay
-out of int8, as patterns of names), ONNX Runtime in float32. All take turns on inputs as they occur in drawing. The
-error is the root mean square of the difference to OpenVINO's float32, as a share of the output's, over up to 64 inputs.
+out of int8, as patterns of names), torchao's int8 by torch (weights alone, and inputs too), ONNX Runtime in float32.
+All take turns on inputs as they occur in drawing. The error is the root mean square of the difference to OpenVINO's
+float32, as a share of the output's, over up to 64 inputs.
 Prints a Markdown table; the last line of stdout is JSON.
 """
 
@@ -89,6 +90,10 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         quantised = openvino_backend._quantised(converted.clone(), inputs, names)
         ways[f"OpenVINO, int8 but {patterns}"] = by_openvino(quantised, "bfloat16")
     try:
+        ways |= by_torchao(network)
+    except ImportError as error:
+        log(f"torchao is left out: {error}")
+    try:
         ways["ONNX Runtime, float32"] = by_onnxruntime(network, example)
     except ImportError as error:
         log(f"ONNX Runtime is left out: {error}")
@@ -111,6 +116,25 @@ def by_torch(generator: Any) -> Way:
             return network(z.contiguous(memory_format=torch.channels_last), sinusoids, condition).float().numpy()
 
     return call
+
+
+def by_torchao(network: torch.nn.Module) -> dict[str, Callable[[int], Way]]:
+    """Its linear layers in int8, the rest in bfloat16. Raises ImportError where torchao is not installed."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    def build(config: Any) -> Way:
+        quantised = copy.deepcopy(network).to(torch.bfloat16)
+        quantize_(quantised, config)
+
+        def call(x: Inputs) -> np.ndarray:
+            with torch.no_grad():
+                z, sinusoids, condition = (torch.from_numpy(one).to(torch.bfloat16) for one in x)
+                return quantised(z, sinusoids, condition).float().numpy()
+
+        return call
+
+    weights, both = build(Int8WeightOnlyConfig()), build(Int8DynamicActivationInt8WeightConfig())
+    return {"torchao, int8 weights": lambda count: weights, "torchao, int8 weights and inputs": lambda count: both}
 
 
 def by_onnxruntime(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Callable[[int], Way]:

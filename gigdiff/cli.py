@@ -100,7 +100,9 @@ def cli() -> None:
 @click.option("--block-names", is_flag=True, help="Refuse prompts that name a known brand or celebrity.")
 @click.option("--device", help="cpu, cuda, mps. [default: the best there is]")
 @click.option(
-    "--dtype", help="float32, bfloat16 or float16; int8 with --backend openvino. [default: what suits the device]"
+    "--dtype",
+    help="float32, bfloat16 or float16; int8 with --backend openvino; int8 or float8 for other diffusers pipelines. "
+    "[default: what suits the device]",
 )
 @click.option(
     "--backend", default="torch", show_default=True, help="torch, openvino (faster on a CPU) or compile (on a GPU)."

@@ -37,6 +37,7 @@ from gigdiff.openvino_backend import PRECISIONS, compiled, default_precision, im
 from gigdiff.packing import pack, unpacked
 from gigdiff.precision import embedded_dtype
 from gigdiff.pretrained import EMBEDDED, folder_of
+from gigdiff.quantization import quantize_weights
 from gigdiff.schedulers import build_scheduler, possible_schedulers
 from gigdiff.text import TextEmbedding, TextEncoder, cut_note, load_text_encoder
 
@@ -574,8 +575,8 @@ def _latent_mask(mask: np.ndarray) -> Tensor:
 class PipelineGenerator:
     """Any text-to-image diffusers pipeline (SD 1.5, SDXL, SD3, FLUX, ...) as an ImageGenerator."""
 
-    def __init__(self, pipeline: Any, *, name: str, folder: Path | None = None) -> None:
-        self.pipeline, self.name, self.folder = pipeline, name, folder
+    def __init__(self, pipeline: Any, *, name: str, folder: Path | None = None, quantized: str = "") -> None:
+        self.pipeline, self.name, self.folder, self.quantized = pipeline, name, folder, quantized
         pipeline.set_progress_bar_config(disable=True)
         self._parameters = inspect.signature(pipeline.__call__).parameters
         if "prompt" not in self._parameters:
@@ -597,7 +598,7 @@ class PipelineGenerator:
             # diffusers says whether it has such a pipeline when asked for one; that costs an import of them all.
             image_to_image=True,
             inpaint=True,
-            lora=hasattr(pipeline, "load_lora_weights"),
+            lora=hasattr(pipeline, "load_lora_weights") and not quantized,
             schedulers=possible_schedulers(pipeline.scheduler),
         )
         names = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -617,10 +618,12 @@ class PipelineGenerator:
         offload: str | None = None,
         vae_tiling: bool = False,
         vae_slicing: bool = False,
+        quantized: str = "",
     ) -> PipelineGenerator:
         """Load a diffusers folder (safetensors only, no remote code).
 
         Args:
+            quantized: one of quantization.QUANTIZED: the weights of the UNet or transformer, and of a T5.
             offload, vae_tiling, vae_slicing: see gigdiff.load. Offloading has not been run: it needs CUDA.
 
         Raises:
@@ -631,6 +634,11 @@ class PipelineGenerator:
         pipeline = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
         )
+        if quantized:  # before the first move: the GPU may not hold it whole
+            for part in ("unet", "transformer", "text_encoder_2", "text_encoder_3"):
+                network = getattr(pipeline, part, None)
+                if network is not None and (part in ("unet", "transformer") or "T5" in type(network).__name__):
+                    quantize_weights(network, quantized)
         if offload is None:
             pipeline.to(device)
         model: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
@@ -643,7 +651,7 @@ class PipelineGenerator:
             pipeline.enable_model_cpu_offload(device=device)
         elif offload == "sequential":
             pipeline.enable_sequential_cpu_offload(device=device)
-        return cls(pipeline, name=name or str(folder), folder=Path(folder))
+        return cls(pipeline, name=name or str(folder), folder=Path(folder), quantized=quantized)
 
     def use_compile(self) -> None:
         """From now on the UNet or transformer is compiled by torch.compile, for each size when that is first drawn."""
@@ -679,7 +687,8 @@ class PipelineGenerator:
             )
         images = to_uint8(output.images.float().cpu() * 2 - 1)
         notes = tuple(dict.fromkeys((*notes, *self._cut(request.prompts))))
-        return GenerationResult(images, request, self.name, time.perf_counter() - started, notes)
+        extra = {"backend": f"torch {self.quantized}"} if self.quantized else {}
+        return GenerationResult(images, request, self.name, time.perf_counter() - started, notes, extra=extra)
 
     @contextlib.contextmanager
     def _solver(self, request: GenerationRequest) -> Iterator[None]:

@@ -21,6 +21,7 @@ from gigdiff.attention import BACKENDS
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError, nearest
 from gigdiff.generators.request import ImageGenerator
 from gigdiff.pretrained import EMBEDDED, card, folder_of
+from gigdiff.quantization import QUANTIZED
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,9 @@ def load(
             same name; write "./mini" for the folder.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
         dtype: "float32", "bfloat16", "float16"; None leaves it to gigdiff's own models, and for others takes
-            float32 on the CPU and half precision on a GPU.
+            float32 on the CPU and half precision on a GPU. For other pipelines also "int8" or "float8": computed as
+            with None, with the weights of the UNet or transformer, and of a T5, in one byte each (torchao; less
+            memory, no speed). LoRA is not for these.
         attention: a backend of gigdiff.attention; see `gigdiff doctor` for what is usable here.
         backend: "torch"; or "compile": UNet or transformer go through torch.compile, which takes half a minute or more
             for each size of batch and was measured to pay on a GPU only; or "openvino": UNet and decoder of gigdiff's
@@ -95,11 +98,13 @@ def load(
             f'backend="compile" is for diffusion models, and "{name}" is of family "{family}": leave it out.'
         )
     precision = None
-    if backend == "openvino" and dtype is not None:
+    if dtype is not None and (backend == "openvino" or (dtype in QUANTIZED and not own)):
         precision, dtype = str(dtype).removeprefix("torch."), None
     device = pick_device(device)
     savings = {"offload": offload, "vae_tiling": vae_tiling, "vae_slicing": vae_slicing}
     savings = {option: value for option, value in savings.items() if value}
+    if family == "pipeline" and precision is not None:
+        savings["quantized"] = precision
     _check_savings(savings, name, own, device)
     # gigdiff's own models choose for themselves, by what the device is fast at and what keeps pixels reproducible.
     dtype = None if own and dtype is None else pick_dtype(dtype, device)
@@ -332,7 +337,10 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         return torch.float16 if device.type == "mps" else torch.float32
     name = str(dtype).removeprefix("torch.")
     if name == "int8":
-        raise InputError('dtype="int8" needs backend="openvino" (one of gigdiff\'s own diffusion models on a CPU).')
+        raise InputError(
+            'dtype="int8" needs backend="openvino" for gigdiff\'s own models (diffusion, on a CPU); without it is for '
+            "other diffusers pipelines."
+        )
     if name not in DTYPES:
         raise InputError(f"dtype={name!r} is unknown; {nearest(name, DTYPES)}.")
     return getattr(torch, name)
