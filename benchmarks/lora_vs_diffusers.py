@@ -4,8 +4,8 @@
 
 The peer's script is fetched from github.com/huggingface/diffusers (examples/text_to_image); it is not part of this
 project. Both get the same model, photos, captions, size, batch, steps, rank and learning rate, each in a process of its
-own. Three comparisons: each script's own default precision (the peer's is float32, ours the one that the device
-computes in), both in float32, both in bfloat16.
+own. Three comparisons (`--comparisons`): each script's own default precision (the peer's is float32, ours the one that
+the device computes in), both in float32, both in bfloat16.
 
 Every way first runs `--long` steps, which warms caches and in which ours fills its cache; the peak memory is that
 process's (ru_maxrss), and the held-out loss of its LoRA is measured by one function here. Then, `--rounds` times, one
@@ -16,7 +16,11 @@ The model has Stable Diffusion's layout and random weights; `--width` is its fir
 What a step is made of depends on width and resolution: convolutions cost the square of the width, attention the width
 times the square of the places. In multiplications, of 1.5 at 512 x 512 the attention products are 16% of the UNet's
 and encoding a photo costs 1.39 passes of the UNet; the default 128 at 256 x 256 has 11% and 1.26, 32 at 512 x 512 has
-65% and 1.10, 32 at 128 x 128 13% and 2.05 (torch.utils.flop_counter).
+65% and 1.10, 32 at 128 x 128 13% and 2.05 (torch.utils.flop_counter). Stable Diffusion's own size, a minute a step:
+
+    python benchmarks/lora_vs_diffusers.py --peer ... --width 320 --resolution 512 --train_batch_size 1 --short 1 \
+        --long 4 --levels 0 --comparisons defaults --rounds 2
+
 Where torchvision isn't installed, the peer is lent a stand-in of its five transforms, written with Pillow and torch.
 """
 
@@ -39,6 +43,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
+
+# name -> (our way, the peer's), each of a script and a precision
+COMPARISONS = {
+    "defaults": (("ours", "auto"), ("peer", "no")),
+    "float32": (("ours", "no"), ("peer", "no")),
+    "bfloat16": (("ours", "bf16"), ("peer", "bf16")),
+}
 
 STAND_IN = """
 import enum, random
@@ -179,7 +190,7 @@ def timed(words: list[str], environment: dict[str, str]) -> tuple[float, float]:
 
 
 def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argparse.Namespace) -> float:
-    """Mean squared error on the held-out photos at 256 fixed noises and noise levels, without guidance dropout."""
+    """Mean squared error on the held-out photos at fixed noises and noise levels, without guidance dropout."""
     import torch
 
     import gigdiff
@@ -197,7 +208,7 @@ def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argpa
         generator.pipeline.load_lora_weights(str(lora))
     total = count = 0.0
     with torch.no_grad():
-        for batch in held_out_batches(data, family, config, levels=256):
+        for batch in held_out_batches(data, family, config, levels=arguments.levels):
             n = noised(family, generator.pipeline.scheduler, batch.latents, batch.noise, batch.u, None)
             predicted = family.predict(generator.pipeline.unet, n.z, n.timesteps, batch.condition)
             total += float((predicted - n.target).square().mean()) * len(batch.latents)
@@ -233,6 +244,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--levels", type=int, default=256, help="noise levels of the held-out loss; 0: not measured")
+    parser.add_argument("--comparisons", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--output", help="JSON report")
     arguments = parser.parse_args()
     from gigdiff.fit.config import as_yaml
@@ -271,7 +284,7 @@ def main() -> None:
         return [sys.executable, str(ROOT / "training" / "finetune_lora.py"), "--config", str(file)]
 
     words = {"ours": our_words, "peer": peer_words}
-    ways = [("ours", "auto"), ("ours", "no"), ("ours", "bf16"), ("peer", "no"), ("peer", "bf16")]
+    ways = list(dict.fromkeys(way for name in arguments.comparisons for way in COMPARISONS[name]))
     memory, rates = {}, {way: [] for way in ways}  # type: ignore[var-annotated]
 
     def seconds_of(way: tuple[str, str], steps: int) -> tuple[float, float]:
@@ -290,16 +303,17 @@ def main() -> None:
             "images_per_second": statistics.median(rates[name, precision]),
             "range": [min(rates[name, precision]), max(rates[name, precision])],
             "peak_memory_mb": memory[name, precision],
-            "held_out_loss": held_out_loss(model, work / f"{name}-{precision}-{arguments.long}", held, arguments),
+            **(
+                {"held_out_loss": held_out_loss(model, work / f"{name}-{precision}-{arguments.long}", held, arguments)}
+                if arguments.levels
+                else {}
+            ),
         }
         for name, precision in ways
     }
     ratios = {}
-    for what, ours, theirs in (
-        ("defaults", ("ours", "auto"), ("peer", "no")),
-        ("float32", ("ours", "no"), ("peer", "no")),
-        ("bfloat16", ("ours", "bf16"), ("peer", "bf16")),
-    ):
+    for what in arguments.comparisons:
+        ours, theirs = COMPARISONS[what]
         each = [a / b for a, b in zip(rates[ours], rates[theirs], strict=True)]
         ratios[what] = {
             "speed": statistics.median(each), "speed_range": [min(each), max(each)],
@@ -310,7 +324,7 @@ def main() -> None:
 
     report = {
         **results,
-        "held_out_loss_of_the_base": held_out_loss(model, None, held, arguments),
+        **({"held_out_loss_of_the_base": held_out_loss(model, None, held, arguments)} if arguments.levels else {}),
         "ratios": ratios,
         "settings": {k: v for k, v in vars(arguments).items() if k != "output"},
         "peer_sha256": hashlib.sha256(peer.read_bytes()).hexdigest(),

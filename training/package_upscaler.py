@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from gigdiff.errors import GigdiffError, InputError
 from gigdiff.fit.config import parse_config
 from gigdiff.models.saving import save_network
@@ -24,6 +26,8 @@ class PackageConfig:
     Args:
         fidelity: upscaler folder of the faithful network.
         sharp: upscaler folder of the sharp one, trained on from it.
+        sharp_base: where `sharp` was trained on from an earlier faithful network, that one's folder: what sharpening
+            changed in each weight is then added to `fidelity` (task arithmetic, Ilharco et al. 2023, arXiv 2212.04089).
         output_dir: the folder to write.
         report: JSON of benchmarks/upscale_quality.py (its last line of stdout, saved), whose scores go onto the card.
         training: how it was trained, in a sentence or two.
@@ -31,6 +35,7 @@ class PackageConfig:
 
     fidelity: str = "runs/upscaler_mini_perceptual/upscaler"
     sharp: str = "runs/upscaler_mini_sharp/upscaler"
+    sharp_base: str | None = None
     output_dir: str = "gigdiff/pretrained/mini-upscaler"
     report: str | None = None
     training: str = ""
@@ -81,9 +86,16 @@ are not to be trusted.
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(PackageConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     sharp = load_upscaler_network(config.sharp)
-    shape = (sharp.config[name] for name in ("channels", "blocks", "scale"))
+    shape = [sharp.config[name] for name in ("channels", "blocks", "scale")]
     faithful = deepened(load_upscaler_network(config.fidelity), *shape)
     interpolated(faithful, load_upscaler_network(config.sharp), 0.5)  # raises where they don't fit
+    if config.sharp_base is not None:
+        base = deepened(load_upscaler_network(config.sharp_base), *shape)
+        interpolated(base, load_upscaler_network(config.sharp), 0.5)
+        parts = zip(sharp.parameters(), base.parameters(), faithful.parameters(), strict=True)
+        with torch.no_grad():
+            for theirs, before, now in parts:
+                theirs += now - before
     results: dict[str, dict] = {}
     if config.report is not None:
         try:

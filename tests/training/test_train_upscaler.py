@@ -144,6 +144,17 @@ def test_sharpening_goes_on_from_it_resumes_exactly_and_mixes(
     assert (made[1.0] == load_upscaler(folder / "fidelity", device="cpu")(picture)).all()
     assert (made[0.0] == load_upscaler(folder / "sharp", device="cpu")(picture)).all()
     assert (made[0.5] != made[1.0]).any()
+    # A newer faithful network takes over what sharpening changed: new + (sharp - first), weight by weight.
+    newer, moved = tmp_path / "b" / "upscaler", tmp_path / "moved"
+    packed = ["--fidelity", str(newer), "--sharp", str(folder / "sharp"), "--sharp_base", str(folder / "fidelity")]
+    script("package_upscaler").main([*packed, "--output_dir", str(moved)])  # type: ignore[attr-defined]
+    new, old, sharp, result = (
+        load_file(where / WEIGHTS) for where in (newer, folder / "fidelity", folder / "sharp", moved / "sharp")
+    )
+    for name, tensor in result.items():
+        expected = new[name].float() + sharp[name].float() - old[name].float()
+        assert torch.allclose(tensor.float(), expected, atol=1e-3) and tensor.dtype == torch.float16
+    assert not torch.equal(result["body.0.conv1.weight"], sharp["body.0.conv1.weight"])
 
 
 def test_mistakes(
