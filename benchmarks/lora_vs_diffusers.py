@@ -118,8 +118,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def build_model(folder: Path, width: int) -> Path:
     """A StableDiffusionPipeline folder: SD's four levels, depth and block types at `width` / 320 of its widths.
 
-    Heads are 32 wide at every level, as Stable Diffusion 2's are 64 and 1.5's 40 and more. 1.5's eight heads at a tenth
-    of its widths would be 4 wide, a size that no attention kernel is made for: nine tenths of a step were exponentials.
+    Eight heads a level, as Stable Diffusion 1.5 has, or fewer so that each is 32 wide or more. At a tenth of the widths
+    eight would be 4 wide, a size that no attention kernel is made for: nine tenths of a step were exponentials.
     """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -144,7 +144,7 @@ def build_model(folder: Path, width: int) -> Path:
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=tuple(width * k for k in (1, 2, 4, 4)), cross_attention_dim=words_width,
-        attention_head_dim=tuple(width // 32 * k for k in (1, 2, 4, 4)), norm_num_groups=16,
+        attention_head_dim=tuple(min(8, width // 32 * k) for k in (1, 2, 4, 4)), norm_num_groups=16,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=tuple(vae_width * k for k in (1, 2, 4, 4)), layers_per_block=2, norm_num_groups=16,
