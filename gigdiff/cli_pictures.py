@@ -210,7 +210,10 @@ def upscale(
     verbose: bool,
 ) -> None:
     """Enlarge pictures four times each way, for example: gigdiff upscale out/*.png --output large/"""
+    from gigdiff.lean_imports import lean_imports
+    from gigdiff.pretrained import UPSCALERS
     from gigdiff.provenance import save
+    from gigdiff.upscaling import keep_upscaler
     from gigdiff.upscaling import upscale as enlarge
 
     if output is not None and Path(output).suffix and len(images) > 1:
@@ -218,6 +221,9 @@ def upscale(
     paths = [_outputs(output, image, "large", [0], overwrite)[0] for image in images]
     if len(set(paths)) < len(paths):
         raise InputError("two of the pictures have the same name; give them to separate calls.")
+    if model in UPSCALERS:
+        with lean_imports(compiles=False):
+            keep_upscaler(model, fidelity, device)  # `enlarge` finds it again
     for image, path in zip(images, paths, strict=True):
         large = enlarge(image, model=model, fidelity=fidelity, device=device)
         save(path, large, large.info, overwrite=overwrite)  # type: ignore[union-attr, arg-type]

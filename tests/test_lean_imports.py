@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -76,12 +79,18 @@ print(one())
     assert run(code) == "1"
 
 
-def test_the_command_draws_without_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["generate", "upscale"])
+def test_commands_do_without_them(command: str, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 20), "red").save(tmp_path / "small.png")
+    words = {
+        "generate": ["generate", "red wool coat", "--steps", "1", "--model", "mini-turbo", "--output", str(tmp_path)],
+        "upscale": ["upscale", str(tmp_path / "small.png")],
+    }[command]
     code = f"""
 import sys
 from gigdiff.cli import main
 try:
-    main(["generate", "red wool coat", "--steps", "1", "--model", "mini-turbo", "--output", {str(tmp_path)!r}])
+    main({words!r})
 except SystemExit as end:
     assert not end.code
 unneeded = {{
@@ -91,4 +100,4 @@ unneeded = {{
 print(sorted(unneeded & set(sys.modules)))
 """
     assert run(code).splitlines()[-1] == "[]"
-    assert list(tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 2
