@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--levels", type=int, default=256, help="noise levels of the held-out loss; 0: not measured")
+    parser.add_argument("--levels", type=int, default=32, help="noise levels of the held-out loss; 0: not measured")
     parser.add_argument("--comparisons", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--output", help="JSON report")
     arguments = parser.parse_args()
