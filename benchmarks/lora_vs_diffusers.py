@@ -16,7 +16,8 @@ The model has Stable Diffusion's layout and random weights; `--width` is its fir
 What a step is made of depends on width and resolution: convolutions cost the square of the width, attention the width
 times the square of the places. In multiplications, of 1.5 at 512 x 512 the attention products are 16% of the UNet's
 and encoding a photo costs 1.39 passes of the UNet; the default 128 at 256 x 256 has 11% and 1.26, 32 at 512 x 512 has
-65% and 1.10, 32 at 128 x 128 13% and 2.05 (torch.utils.flop_counter). Stable Diffusion's own size, a minute a step:
+65% and 1.10, 32 at 128 x 128 13% and 2.05 (torch.utils.flop_counter). Stable Diffusion's own size, 7 and 19 seconds a
+step:
 
     python benchmarks/lora_vs_diffusers.py --peer ... --width 320 --resolution 512 --train_batch_size 1 --short 1 \
         --long 4 --levels 0 --comparisons defaults --rounds 2

@@ -32,6 +32,7 @@ from gigdiff import openvino_backend
 from gigdiff.errors import GigdiffError
 from gigdiff.generators.diffusion import _Unet
 from gigdiff.packing import unpacked
+from gigdiff.quantization import quantize_weights
 
 Inputs = tuple[np.ndarray, ...]
 Way = Callable[[Inputs], np.ndarray]
@@ -120,11 +121,11 @@ def by_torch(generator: Any) -> Way:
 
 def by_torchao(network: torch.nn.Module) -> dict[str, Callable[[int], Way]]:
     """Its linear layers in int8, the rest in bfloat16. Raises ImportError where torchao is not installed."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    def build(config: Any) -> Way:
+    def build(quantise: Callable[[torch.nn.Module], None]) -> Way:
         quantised = copy.deepcopy(network).to(torch.bfloat16)
-        quantize_(quantised, config)
+        quantise(quantised)
 
         def call(x: Inputs) -> np.ndarray:
             with torch.no_grad():
@@ -133,7 +134,8 @@ def by_torchao(network: torch.nn.Module) -> dict[str, Callable[[int], Way]]:
 
         return call
 
-    weights, both = build(Int8WeightOnlyConfig()), build(Int8DynamicActivationInt8WeightConfig())
+    weights = build(partial(quantize_weights, dtype="int8"))
+    both = build(partial(quantize_, config=Int8DynamicActivationInt8WeightConfig()))
     return {"torchao, int8 weights": lambda count: weights, "torchao, int8 weights and inputs": lambda count: both}
 
 

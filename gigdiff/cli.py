@@ -197,6 +197,7 @@ def _generate(
     from gigdiff.pretrained import EMBEDDED
 
     generator: Any = model
+    # Other models' code may want the compiler for more than marks.
     with lean_imports(compiles=backend == "compile" or model not in EMBEDDED):
         if offload or vae_tiling or vae_slicing or dtype or backend != "torch":
             generator = load(

@@ -210,7 +210,9 @@ def upscale(
     verbose: bool,
 ) -> None:
     """Enlarge pictures four times each way, for example: gigdiff upscale out/*.png --output large/"""
+    from gigdiff.generators.request import check_number
     from gigdiff.lean_imports import lean_imports
+    from gigdiff.pictures import open_picture
     from gigdiff.pretrained import UPSCALERS
     from gigdiff.provenance import save
     from gigdiff.upscaling import keep_upscaler
@@ -222,6 +224,8 @@ def upscale(
     if len(set(paths)) < len(paths):
         raise InputError("two of the pictures have the same name; give them to separate calls.")
     if model in UPSCALERS:
+        open_picture(images[0])  # mistakes are said before the seconds that loading takes
+        check_number("fidelity", fidelity, 0, 1, "1 is faithful")
         with lean_imports(compiles=False):
             keep_upscaler(model, fidelity, device)  # `enlarge` finds it again
     for image, path in zip(images, paths, strict=True):

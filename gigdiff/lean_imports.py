@@ -74,12 +74,16 @@ def without_compiler() -> Iterator[None]:
         blank.end()
 
 
+def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
+    return _unmarked if function is None else function
+
+
 class _Unmarking(types.ModuleType):
     """torch._dynamo with no more in it than `@mark` and `@mark(...)`, which leave a function as it is."""
 
+    allow_in_graph = assume_constant_result = disable = staticmethod(_unmarked)
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("allow_in_graph", "assume_constant_result", "disable"):
-            return _unmarked
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         self.end()
@@ -88,10 +92,6 @@ class _Unmarking(types.ModuleType):
     def end(self) -> None:
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__], sys.modules["torch"]._dynamo
-
-
-def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
-    return _unmarked if function is None else function
 
 
 class _Later(types.ModuleType):

@@ -101,3 +101,15 @@ print(sorted(unneeded & set(sys.modules)))
 """
     assert run(code).splitlines()[-1] == "[]"
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("mistake", [["nothere.png"], ["small.png", "--fidelity", "3"]])
+def test_a_mistake_is_said_before_anything_is_loaded(mistake: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (16, 20), "red").save(tmp_path / "small.png")
+    words = ["upscale", str(tmp_path / mistake[0]), *mistake[1:]]
+    code = f"""
+import sys
+from gigdiff.cli import main
+print(main({words!r}), "torch" in sys.modules)
+"""
+    assert run(code).splitlines()[-1] == "1 False"

@@ -91,7 +91,6 @@ def main(argv: list[str] | None = None) -> None:
     interpolated(faithful, load_upscaler_network(config.sharp), 0.5)  # raises where they don't fit
     if config.sharp_base is not None:
         base = deepened(load_upscaler_network(config.sharp_base), *shape)
-        interpolated(base, load_upscaler_network(config.sharp), 0.5)
         parts = zip(sharp.parameters(), base.parameters(), faithful.parameters(), strict=True)
         with torch.no_grad():
             for theirs, before, now in parts:

@@ -634,14 +634,14 @@ class PipelineGenerator:
         pipeline = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
         )
+        model: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if quantized:  # before the first move: the GPU may not hold it whole
-            for part in ("unet", "transformer", "text_encoder_2", "text_encoder_3"):
-                network = getattr(pipeline, part, None)
-                if network is not None and (part in ("unet", "transformer") or "T5" in type(network).__name__):
+            encoders = (getattr(pipeline, part, None) for part in ("text_encoder_2", "text_encoder_3"))
+            for network in (model, *(one for one in encoders if "T5" in type(one).__name__)):
+                if network is not None:
                     quantize_weights(network, quantized)
         if offload is None:
             pipeline.to(device)
-        model: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if model is not None:
             set_attention(model, attention, device=device)
         for option, method in ((vae_tiling, "enable_tiling"), (vae_slicing, "enable_slicing")):

@@ -55,14 +55,14 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
         dtype: "float32", "bfloat16", "float16"; None leaves it to gigdiff's own models, and for others takes
             float32 on the CPU and half precision on a GPU. For other pipelines also "int8" or "float8": computed as
-            with None, with the weights of the UNet or transformer, and of a T5, in one byte each (torchao; less
-            memory, no speed). LoRA is not for these.
+            with None, with the weights of the UNet or transformer, and of a T5, in one byte each (torchao; for less
+            memory). LoRA is not for these.
         attention: a backend of gigdiff.attention; see `gigdiff doctor` for what is usable here.
         backend: "torch"; or "compile": UNet or transformer go through torch.compile, which takes half a minute or more
             for each size of batch and was measured to pay on a GPU only; or "openvino": UNet and decoder of gigdiff's
             own diffusion models are compiled for the CPU: a single picture in about half the time, differing from
-            torch's in its last bits. dtype may then also be "int8": faster still, but it was measured to cost 4 points
-            of type accuracy, 17 with guidance. Needs
+            torch's in its last bits. dtype may then also be "int8": faster still, but it was measured to cost 3 points
+            of type accuracy, 11 with guidance. Needs
             `pip install "gigdiff[openvino]"`; docs/performance.md.
         offload: for big pipelines on small GPUs (CUDA): "model" keeps each part on the GPU only while it works,
             "sequential" each layer (least memory, slow). Not for gigdiff's own models, which need no gigabyte.
