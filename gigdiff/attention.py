@@ -6,6 +6,8 @@
     sdpa_cudnn      its cuDNN kernel alone. CUDA, float16 or bfloat16.
     xformers        xformers' memory-efficient attention. CUDA; pip install 'gigdiff[cuda]'.
     math            plain softmax(q k^T) v, any device. The fastest in training on a CPU at the embedded models' sizes.
+    blockwise       plain too, over blocks of queries, with a backward pass of its own (blockwise_attention.py). The
+                    fastest in training on a CPU in bfloat16 at Stable Diffusion's sizes.
     sliced          the plain one, one head of one image after another: the least memory without SDPA's kernels.
     auto            the choice of `choose`, logged at INFO.
 
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Workload", "available_backends", "cache_file", "choose", "measure", "set_attention"]
 
-BACKENDS = ("auto", "sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "xformers", "math", "sliced")
+BACKENDS = ("auto", "sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "xformers", "math", "blockwise", "sliced")
 KERNELS = {  # backend -> torch.nn.attention.SDPBackend
     "sdpa_flash": "FLASH_ATTENTION",
     "sdpa_efficient": "EFFICIENT_ATTENTION",
@@ -62,7 +64,9 @@ DISPATCHED = {  # backend -> its name in diffusers' dispatcher
     "xformers": "xformers",
 }
 # Training on a CPU. Up to the first number whole training steps on two threads were measured a third faster with plain
-# attention; from the second on a lone layer (4 heads of 48) took half the time with SDPA. Between them it is measured.
+# attention. Above it, in bfloat16, blockwise took a sixth off a step of a UNet of Stable Diffusion's layout at 1,024
+# tokens and a tenth at 4,096 (docs/lora.md); in float32 a lone layer (4 heads of 48) took half the time with SDPA from
+# the second number on, and between the two it is measured.
 CPU_MATH_TOKENS = 330
 CPU_SDPA_TOKENS = 1024
 CLEARLY_FASTER = 1.1  # than SDPA, before "auto" leaves it
@@ -146,6 +150,7 @@ def available_backends() -> dict[str, tuple[bool, str]]:
         **dict.fromkeys(KERNELS, kernels),
         "xformers": _xformers(cuda),
         "math": (True, "plain softmax attention, any device"),
+        "blockwise": (True, "plain, over blocks of queries; for training on a CPU"),
         "sliced": (True, "plain, one head at a time, any device; UNets only"),
     }
 
@@ -172,6 +177,7 @@ def set_attention(
     training: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    size: tuple[int, int] | None = None,
 ) -> str:
     """Give every attention layer of a diffusers UNet or transformer the backend; returns the one that was chosen.
 
@@ -181,6 +187,7 @@ def set_attention(
         training: with a backward pass; "auto" and the kernels' limits depend on it.
         dtype: what it computes in; None: what its weights are in.
         device: where it is going to run; None: where it is.
+        size: latents' height and width; None: the model's own size. "auto" goes by it.
 
     Raises:
         InputError: no backend of that name, or one that can't run this model: its device, dtype or head size.
@@ -196,7 +203,7 @@ def set_attention(
     if backend != "auto":
         chosen, reason = backend, "asked for"
     elif is_unet:
-        chosen, reason = choose(_workload(model, device, dtype, training))
+        chosen, reason = choose(_workload(model, device, dtype, training, size))
     else:
         # Left alone, not set: diffusers' default may come from its own DIFFUSERS_ATTN_BACKEND.
         log.info("attention of %s: as diffusers has it, SDPA", type(model).__name__)
@@ -220,13 +227,16 @@ def choose(work: Workload) -> tuple[str, str]:
     """What "auto" means for this work: (backend, the reason).
 
     From the table: SDPA in inference on a CPU, so that pictures are the same pixels in every run; in training on a CPU
-    plain attention at few tokens, where SDPA's backward pass is slow, and SDPA at many; SDPA on devices that were never
-    measured. Else a short measurement decides, see `measure`, whose answer is kept in `cache_file()`.
+    plain attention at few tokens, where SDPA's backward pass is slow, and at more blockwise in bfloat16, in float32
+    SDPA at many; SDPA on devices that were never measured. Else a short measurement decides, see `measure`, whose
+    answer is kept in `cache_file()`.
     """
     if work.device.type == "cpu" and not work.training:
         return "sdpa", "table: fixed for inference on a CPU, for the same pixels in every run"
     if work.device.type == "cpu" and work.tokens <= CPU_MATH_TOKENS:
         return "math", f"table: the faster in training on a CPU up to {CPU_MATH_TOKENS} tokens"
+    if work.device.type == "cpu" and str(work.dtype) == "torch.bfloat16":
+        return "blockwise", f"table: the faster in training on a CPU in bfloat16 above {CPU_MATH_TOKENS} tokens"
     if work.device.type == "cpu" and work.tokens >= CPU_SDPA_TOKENS:
         return "sdpa", f"table: the faster in training on a CPU from {CPU_SDPA_TOKENS} tokens on"
     if work.device.type not in ("cpu", "cuda"):
@@ -379,10 +389,12 @@ def _head_dims(model: Any) -> list[int]:
     return sorted({layer.inner_dim // layer.heads for layer in _layers(model)})
 
 
-def _workload(unet: Any, device: torch.device, dtype: torch.dtype, training: bool) -> Workload:
+def _workload(
+    unet: Any, device: torch.device, dtype: torch.dtype, training: bool, size: tuple[int, int] | None
+) -> Workload:
     """Tokens, heads and head size of the UNet's outermost attention, where most of the time goes."""
-    size = unet.config.get("sample_size") or 64
-    height, width = (size, size) if isinstance(size, int) else size
+    own = unet.config.get("sample_size") or 64
+    height, width = size or ((own, own) if isinstance(own, int) else own)
     types = unet.config["down_block_types"]
     level = next((i for i, name in enumerate(types) if "Attn" in name), len(types) - 1)
     tokens = max(1, height >> level) * max(1, width >> level)
@@ -471,6 +483,10 @@ def _processor(backend: str, added_kv: bool = False) -> Any:
     if backend == "sliced":
         return kinds.SlicedAttnAddedKVProcessor(1) if added_kv else kinds.SlicedAttnProcessor(1)
     fused = kinds.AttnAddedKVProcessor2_0() if added_kv else kinds.AttnProcessor2_0()
+    if backend == "blockwise":
+        from gigdiff.blockwise_attention import Blockwise
+
+        return Blockwise(fused)
     return OneKernel(KERNELS[backend], fused) if backend in KERNELS else fused
 
 
@@ -487,10 +503,16 @@ def _set_transformer(model: Any, backend: str) -> None:
             "memory."
         )
     own = {name: _plain(processor) for name, processor in model.attn_processors.items()}
-    if all(hasattr(processor, "_attention_backend") for processor in own.values()):  # FLUX and newer
+    if backend == "blockwise":
+        from gigdiff.blockwise_attention import Blockwise
+
+        _set_transformer(model, "sdpa")  # what it calls then is what is routed
+        model.set_attn_processor({name: Blockwise(processor) for name, processor in own.items()})
+    elif all(hasattr(processor, "_attention_backend") for processor in own.values()):  # FLUX and newer
         from diffusers.models.attention_dispatch import attention_backend
 
         # set_attention_backend also changes the default of all other models: the context puts it back.
+        model.set_attn_processor(own)
         with _no_diffusers_warnings(), attention_backend("native"):
             model.set_attention_backend(DISPATCHED[backend])
     elif backend == "xformers":
@@ -506,9 +528,11 @@ def _plain(processor: Any) -> Any:
     """The processor without what an earlier `set_attention` made of it."""
     from diffusers.models import attention_processor as kinds
 
+    from gigdiff.blockwise_attention import Blockwise
+
     if isinstance(processor, kinds.XFormersJointAttnProcessor):
         return kinds.JointAttnProcessor2_0()
-    return processor.processor if isinstance(processor, OneKernel) else processor
+    return processor.processor if isinstance(processor, OneKernel | Blockwise) else processor
 
 
 def _joint_xformers(processor: Any, model: Any) -> Any:

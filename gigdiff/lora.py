@@ -42,6 +42,7 @@ __all__ = [
     "add_adapter",
     "as_kohya",
     "base_hash",
+    "cast_lora_inputs",
     "convert",
     "find_lora",
     "inspect",
@@ -161,6 +162,19 @@ def add_adapter(model: Any, settings: LoraSettings, name: str = "default", seed:
     for p in parameters.values():
         p.data = p.data.float()
     return parameters
+
+
+def cast_lora_inputs(model: Any, enabled: bool) -> None:
+    """Whether LoRA layers bring their input to the LoRA's float32, as peft has it from the start.
+
+    Under autocast that is waste: autocast brings it back to half precision for the product, to the same numbers.
+    Outside of it a half-precision base needs it, and DoRA's norms do everywhere.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = enabled or bool(getattr(layer, "lora_variant", None))
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ from gigdiff.errors import InputError, MissingDependencyError
 
 CPU = torch.device("cpu")
 # What runs here, and SDPA held to one kernel, with the two kernels that a CPU has.
-PROCESSORS = {name: lambda name=name: attention._processor(name) for name in ("sdpa", "math", "sliced")} | {
+HERE = ("sdpa", "math", "blockwise", "sliced")
+PROCESSORS = {name: lambda name=name: attention._processor(name) for name in HERE} | {
     "one kernel": lambda: OneKernel("FLASH_ATTENTION", attention._processor("sdpa")),
     "the other kernel": lambda: OneKernel("MATH", attention._processor("sdpa")),
 }
@@ -134,7 +135,7 @@ def test_unets_with_projections_of_their_own_for_the_text_keep_their_kind() -> N
         up_block_types=("SimpleCrossAttnUpBlock2D",), resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
     x, text, outputs = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 8), []
-    for name in ("sdpa", "math", "sliced"):
+    for name in HERE:
         set_attention(unet, name)
         outputs.append(unet(x, 10, text).sample)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
@@ -144,8 +145,8 @@ def test_unets_with_projections_of_their_own_for_the_text_keep_their_kind() -> N
 # The choice
 
 
-def work(tokens: int, training: bool, device: str = "cpu") -> Workload:
-    return Workload(torch.device(device), torch.float32, tokens, 2, 8, training)
+def work(tokens: int, training: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Workload:
+    return Workload(torch.device(device), dtype, tokens, 2, 8, training)
 
 
 @pytest.fixture
@@ -159,6 +160,8 @@ def test_auto_takes_the_table_where_there_is_one(cache: Path) -> None:
         assert choose(work(tokens, training=False))[0] == "sdpa"  # pixels must not hang on a stopwatch
     assert choose(work(80, training=True))[0] == "math"
     assert choose(work(4096, training=True))[0] == "sdpa"
+    assert choose(work(80, training=True, dtype=torch.bfloat16))[0] == "math"
+    assert choose(work(500, training=True, dtype=torch.bfloat16))[0] == "blockwise"
     assert choose(work(80, training=True, device="mps"))[0] == "sdpa"
     assert not cache.exists()
 
@@ -173,8 +176,10 @@ def test_auto_reads_the_work_off_the_model_and_logs_it(caplog: pytest.LogCapture
         sample_size=(16, 8), block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4),
     )  # fmt: skip
-    found = attention._workload(deep, CPU, torch.bfloat16, True)
+    found = attention._workload(deep, CPU, torch.bfloat16, True, None)
     assert found == Workload(CPU, torch.bfloat16, 32, 4, 8, True)  # 8 x 4 after one halving, 32 channels in 4 heads
+    assert attention._workload(deep, CPU, torch.bfloat16, True, (64, 64)).tokens == 1024  # latents of another size
+    assert set_attention(deep, "auto", training=True, dtype=torch.bfloat16, size=(64, 64)) == "blockwise"
 
 
 def test_what_was_measured_is_kept_and_not_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +390,7 @@ def test_transformers_take_what_their_layers_can(build, draw) -> None:
     before = {name: type(processor) for name, processor in model.attn_processors.items()}
     with torch.no_grad():
         stock = draw(model)
-        for backend in ("auto", "math", "sdpa"):
+        for backend in ("auto", "math", "blockwise", "sdpa"):
             assert set_attention(model, backend) == ("sdpa" if backend == "auto" else backend)
             torch.testing.assert_close(draw(model), stock, rtol=1e-4, atol=1e-5)
     assert {name: type(processor) for name, processor in model.attn_processors.items()} == before

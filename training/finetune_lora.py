@@ -66,6 +66,7 @@ from gigdiff.lora import (
     add_adapter,
     as_kohya,
     base_hash,
+    cast_lora_inputs,
     lora_header,
     lora_tensors,
     read_lora,
@@ -160,6 +161,8 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
     if not isinstance(generator, DiffusionGenerator) and getattr(generator.pipeline, "safety_checker", None):
         generator.pipeline.safety_checker = None  # not needed for one's own photos, and large
     model = denoiser_of(generator, family)
+    if config.attention != "auto":  # says now, not after an hour of encoding, that it can't be had
+        set_attention(model, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     base_dtype = next(model.parameters()).dtype
     scheduler = generator.scheduler if isinstance(generator, DiffusionGenerator) else generator.pipeline.scheduler
 
@@ -233,6 +236,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
 
     # Continue, or start.
     data_fingerprint = train.fingerprint()
+    latent_size: Any = tuple(train.latents([0]).shape[-2:])
     best: dict[str, Any] = {"loss": None, "step": 0, "worse": 0, "before": None}
     first_step = 0
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
@@ -257,9 +261,10 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         """Inside, the models carry the averaged weights and are as in inference."""
         for network in parts.values():
             network.eval()
-        if family.name == "mini":
-            # As a generator, in the held-out loss's precision: a kernel for float32 draws in half precision too.
-            set_attention(model, "auto", dtype=autocast_dtype(config.mixed_precision))
+            cast_lora_inputs(network, True)
+        # As a generator, in the held-out loss's precision: a kernel for float32 draws in half precision too.
+        drawn_with = "auto" if family.part == "unet" or config.attention == "auto" else "sdpa"
+        set_attention(model, drawn_with, dtype=autocast_dtype(config.mixed_precision))
         try:
             with torch.no_grad(), ema.applied_to(adapter):
                 yield
@@ -267,10 +272,11 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
             train_mode()
 
     def train_mode() -> None:
-        if family.name == "mini":
-            set_attention(model, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
+        dtype = autocast_dtype(config.mixed_precision)
+        set_attention(model, config.attention, training=True, dtype=dtype, size=latent_size)
         for network in parts.values():
             network.train()
+            cast_lora_inputs(network, dtype == torch.float32)
 
     def lora_file(step: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with averaged():

@@ -252,6 +252,47 @@ def test_bf16_keeps_the_lora_in_float32(config: Any, tiny_pipeline: Path) -> Non
         assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"gradient_checkpointing": True}], ids=str)
+def test_inputs_that_stay_in_half_precision_change_nothing(
+    changes: dict, config: Any, tiny_pipeline: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tiny_pipeline), **changes)
+    config = short(config, mixed_precision="bf16", resolution=64)
+    F.finetune(config)
+    monkeypatch.setattr(F, "cast_lora_inputs", lambda network, enabled: None)  # as peft has it
+    plain = dataclasses.replace(config, output_dir=str(tmp_path / "plain"))
+    F.finetune(plain)
+    assert losses(config.output_dir) == losses(plain.output_dir)
+    assert equal(weights(config.output_dir), weights(plain.output_dir))
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_the_attention_that_was_asked_for_trains_and_not_the_previews(
+    family: str, config: Any, request: pytest.FixtureRequest, monkeypatch: Any
+) -> None:
+    """It was taken for mini alone, and others went on with their own in silence."""
+    from gigdiff import blockwise_attention
+
+    calls = []
+    monkeypatch.setattr(
+        blockwise_attention, "_attention", lambda *a, _old=blockwise_attention._attention, **k: calls.append(
+            torch.is_grad_enabled()) or _old(*a, **k)
+    )  # fmt: skip
+    folder = request.getfixturevalue({"sd": "tiny_pipeline"}.get(family, f"tiny_{family}"))
+    config = short(config, pretrained_model_name_or_path=str(folder), resolution=64, max_sequence_length=32)
+    F.finetune(dataclasses.replace(config, attention="blockwise"))
+    assert calls and all(calls)
+
+
+def test_an_attention_that_can_not_be_had_is_refused_before_photos_are_encoded(
+    config: Any, tiny_pipeline: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(F, "encode_photos", lambda *_: pytest.fail("encoded"))
+    config = short(config, pretrained_model_name_or_path=str(tiny_pipeline), attention="sdpa_flash")
+    with pytest.raises(GigdiffError, match="CUDA"):
+        F.finetune(config)
+
+
 def test_a_text_encoder_lora_trains_resumes_and_loads(config: Any, tiny_pipeline: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(
         config, pretrained_model_name_or_path=str(tiny_pipeline), train_text_encoder=True, text_encoder_lr=0.01,
