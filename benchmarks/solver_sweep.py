@@ -62,9 +62,9 @@ class Drawn:
 
         unet = self.generator._unet  # not a hook on its network: OpenVINO and CUDA graphs draw without calling that
 
-        def counted(z: Any, t: Any, condition: Any) -> Any:
+        def counted(z: Any, *others: Any, **options: Any) -> Any:
             self.rows += len(z)
-            return unet(z, t, condition)
+            return unet(z, *others, **options)
 
         before, self.generator.guidance_interval = self.generator.guidance_interval, self.combination.interval
         self.generator._unet = counted

@@ -165,22 +165,25 @@ def _edit(
     from gigdiff.api import draw_seed
     from gigdiff.editing import edit as edit_picture
     from gigdiff.generators.request import check_integer
+    from gigdiff.lean_imports import lean_imports
     from gigdiff.postprocess import postprocess
+    from gigdiff.pretrained import EMBEDDED
     from gigdiff.provenance import save
 
     signer, chosen = signer_of(sign_cert, sign_key, sign_algorithm), parse_post(post)
     count = check_integer("num_images_per_prompt", num_images_per_prompt, 1, 1000)
     first = draw_seed() if seed is None else seed
     paths = _outputs(output, image, "edited", [first + j for j in range(count)], overwrite)
-    made = edit_picture(
-        image,
-        prompt,
-        num_images_per_prompt=count,
-        seed=first,
-        num_inference_steps=steps,
-        upscale=upscaler if upscaler is not None else upscale,
-        **settings,
-    )
+    with lean_imports(compiles=settings["model"] not in EMBEDDED):
+        made = edit_picture(
+            image,
+            prompt,
+            num_images_per_prompt=count,
+            seed=first,
+            num_inference_steps=steps,
+            upscale=upscaler if upscaler is not None else upscale,
+            **settings,
+        )
     notes: dict[str, None] = {}
     for path, picture in zip(paths, made if isinstance(made, list) else [made], strict=True):
         done = postprocess(picture, chosen) if chosen else picture

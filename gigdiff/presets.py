@@ -19,8 +19,8 @@ class Preset:
 
 
 PRESETS = {
-    "best": Preset("mini", 25),
-    "balanced": Preset("mini", 15),
+    "best": Preset("mini", 15),
+    "balanced": Preset("mini", 8),
     "fast": Preset("mini-turbo", 4),
 }
 

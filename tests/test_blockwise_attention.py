@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigdiff import blockwise_attention as module
+from gigdiff.attention import set_attention
 from gigdiff.blockwise_attention import Blockwise, blockwise_attention
 
 # (batch, heads), queries, keys, head size: tiles with a rest, one tile, one product of all heads
@@ -85,3 +86,24 @@ def test_the_processor_routes_plain_calls_and_leaves_others_to_torch(monkeypatch
     assert len(calls) == 1
     processor(None)
     assert len(calls) == 1, "outside of the processor nothing is changed"
+
+
+def test_activations_that_are_computed_again_are_routed_again() -> None:
+    """Under gradient checkpointing the backward pass calls the processors once more."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), layers_per_block=1,
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8, attention_head_dim=2, norm_num_groups=8,
+    ).train()  # fmt: skip
+    x, text, found = torch.randn(1, 4, 32, 32), torch.randn(1, 5, 8), []
+    for backend, again in (("sdpa", False), ("blockwise", False), ("blockwise", True)):
+        set_attention(unet, backend)
+        if again:
+            unet.enable_gradient_checkpointing()
+        unet.zero_grad()
+        unet(x, 5, text).sample.square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in unet.parameters()]))
+    assert torch.equal(found[1], found[2])
+    assert 0 < relative(found[1], found[0].double()) < 1e-5

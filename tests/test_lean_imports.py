@@ -79,12 +79,13 @@ print(one())
     assert run(code) == "1"
 
 
-@pytest.mark.parametrize("command", ["generate", "upscale"])
+@pytest.mark.parametrize("command", ["generate", "upscale", "edit"])
 def test_commands_do_without_them(command: str, tmp_path: Path) -> None:
     Image.new("RGB", (16, 20), "red").save(tmp_path / "small.png")
     words = {
         "generate": ["generate", "red wool coat", "--steps", "1", "--model", "mini-turbo", "--output", str(tmp_path)],
         "upscale": ["upscale", str(tmp_path / "small.png")],
+        "edit": ["edit", str(tmp_path / "small.png"), "red bag", "--steps", "2", "--output", str(tmp_path / "new.png")],
     }[command]
     code = f"""
 import sys

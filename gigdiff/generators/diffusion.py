@@ -8,8 +8,9 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,17 @@ TYPICAL_PROMPTS = (
     "grey backpack", "purple saree", "black sunglasses", "beige sandals", "orange shorts for boys",
 )  # fmt: skip
 TYPICAL_ROWS = 64
+
+
+class Networks(NamedTuple):
+    """What draws in place of the plain UNet and decoder: functions as `_Unet` and `_Decoder`.
+
+    `coarse`: the UNet in int8, for steps that can bear it.
+    """
+
+    unet: Callable[..., Tensor]
+    decoder: Callable[..., Tensor]
+    coarse: Callable[..., Tensor] | None = None
 
 
 def _loras(request: GenerationRequest) -> tuple[list[str], list[float]]:
@@ -118,10 +130,10 @@ class DiffusionGenerator:
         self.slots = AdapterSlots({"unet": self.unet}, name, folder, self.unet.unload_lora)
         self._remembered: dict[str, TextEmbedding] = {}
         self._recent: dict[str, TextEmbedding] = {}
-        self._exact: dict[tuple[int, int, int, bool, bool, bool], bool] = {}
+        self._exact: dict[tuple[int, int, int, bool, bool, bool, bool], bool] = {}
         self._precision: str | None = None
-        self._compiled: dict[tuple[int, int], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}
-        self._compiled_now: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+        self._compiled: dict[tuple[int, int, bool], Networks] = {}
+        self._compiled_now: Networks | None = None
         self._seen: list[tuple[Tensor, ...]] | None = None
         self._graphed: tuple[GraphedNetwork, GraphedNetwork] | None = None
         self._inductor = False
@@ -203,8 +215,9 @@ class DiffusionGenerator:
         They are converted when a size of picture is first drawn. With a LoRA torch draws: it is another network.
 
         Args:
-            precision: "bfloat16", "float32", "int8" (the UNet's: the decoder stays in one of the others), or None: the
-                faster of the first two on this CPU.
+            precision: "bfloat16", "float32", "int8", or None: the faster of the first two on this CPU. In int8 is the
+                UNet in the steps that can bear it: not the first and the last, nor those with both halves of guidance,
+                which magnifies errors. So it is for students, and for guided models with `guidance_reuse`.
 
         Raises:
             InputError: another precision, or a generator that is not on the CPU. MissingDependencyError: OpenVINO is
@@ -245,7 +258,12 @@ class DiffusionGenerator:
         started = time.perf_counter()
         notes = list(self.slots.use(*_loras(request)))
         assert request.height and request.width
-        self._compiled_now = None if request.adapters() else self._networks(request.height, request.width)
+        self._compiled_now = None if request.adapters() else self._networks(request)
+        if self._precision == "int8" and self._compiled_now and not self._compiled_now.coarse:
+            notes.append(
+                f"{self.name}: int8 had nothing to do: it computes neither the first and the last step nor those with "
+                "both halves of guidance. guidance_reuse=8 leaves it some; so does a student of three steps or more."
+            )
         at_once = len(request) if self._batch_is_exact(request) else 1
         parts = []
         for start in range(0, len(request), at_once):
@@ -310,7 +328,8 @@ class DiffusionGenerator:
         guided = request.guidance_scale != 1.0
         every = self.guidance_interval == (0.0, float("inf")) and request.guidance_reuse == 1
         alone = not guided or not every  # steps of one row an image
-        key = (count, request.height, request.width, guided, alone, compiled)
+        coarse = self._compiled_now is not None and self._compiled_now.coarse is not None
+        key = (count, request.height, request.width, guided, alone, compiled, coarse)
         if key not in self._exact:
             shape = (self.unet.config.in_channels, request.height // 8, request.width // 8)
             generator = torch.Generator().manual_seed(0)
@@ -318,14 +337,17 @@ class DiffusionGenerator:
             condition = self._embedding("").condition().repeat(2 * count, 1, 1)
             t = self.scheduler.timesteps[0]
 
-            def unet(x: Tensor, c: Tensor) -> Tensor:
-                return self._unet(x, t, c)
+            def unet(x: Tensor, c: Tensor, coarse: bool = False) -> Tensor:
+                return self._unet(x, t, c, coarse)
 
             with self._autocast():
                 self._exact[key] = (
                     (not guided or rows_stand_alone(unet, (z, condition), (0, count)))
                     # One row alone was seen to differ from several where two did not.
                     and (not alone or rows_stand_alone(unet, (z[:count], condition[:count]), (0,)))
+                    and (
+                        not coarse or rows_stand_alone(partial(unet, coarse=True), (z[:count], condition[:count]), (0,))
+                    )
                     and rows_stand_alone(self._pixels, (z[:count],), (0,))
                 )
         return self._exact[key]
@@ -414,7 +436,7 @@ class DiffusionGenerator:
                             # Kept as a difference of noise: that changes least from step to step.
                             difference = (conditional - unconditional) * noise_per_output(kind, a)
                     else:
-                        output = self._unet(z, t, condition)
+                        output = self._unet(z, t, condition, coarse=1 < done < len(timesteps))
                         if use_guidance:
                             assert difference is not None
                             output = output + (scale - 1) * difference / noise_per_output(kind, a)
@@ -435,19 +457,23 @@ class DiffusionGenerator:
             )
         return latents, notes
 
-    def _networks(self, height: int, width: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    def _networks(self, request: GenerationRequest) -> Networks | None:
         """UNet and decoder for this size as OpenVINO, CUDA graphs or torch.compile have them; None: the plain ones."""
         if self._precision is not None:
-            return self._compile(height, width)
+            assert request.height and request.width and request.num_inference_steps
+            unguided = request.guidance_scale == 1.0 or request.guidance_reuse > 1
+            unguided = unguided or self.guidance_interval != (0.0, float("inf"))
+            bears = unguided and request.num_inference_steps > 2
+            return self._compile(request.height, request.width, coarse=self._precision == "int8" and bears)
         if self.device.type == "cuda":
             return self._graphs()
         if not self._inductor:
             return None
         if self._inductor_unet is None:
             self._inductor_unet = torch.compile(_Unet(unpacked(self.unet)))
-        return self._inductor_unet, _Decoder(self.vae)
+        return Networks(self._inductor_unet, _Decoder(self.vae))
 
-    def _graphs(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    def _graphs(self) -> Networks | None:
         """UNet and decoder as CUDA graphs of their present weights; None while the UNet has a LoRA's layers in it."""
         if getattr(self.unet, "_hf_peft_config_loaded", False):
             return None
@@ -456,12 +482,12 @@ class DiffusionGenerator:
             self._graphed = (unet, GraphedNetwork(_Decoder(self.vae), self.dtype))
         for network in self._graphed:
             network.refresh()
-        return self._graphed
+        return Networks(*self._graphed)
 
     @torch.no_grad()
-    def _compile(self, height: int, width: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    def _compile(self, height: int, width: int, coarse: bool = False) -> Networks:
         """UNet and decoder for pictures of this size, by OpenVINO, called as `_unet` and `_pixels` call them."""
-        size = (height, width)
+        size = (height, width, coarse)
         if size not in self._compiled:
             assert self._precision is not None
             shape = (self.unet.config.in_channels, height // 8, width // 8)
@@ -470,19 +496,31 @@ class DiffusionGenerator:
             def rows() -> list[tuple[np.ndarray, ...]]:
                 return [tuple(x.numpy() for x in row) for row in self._typical_inputs(height, width)]
 
-            inner = default_precision() if self._precision == "int8" else self._precision
-            decoder = compiled(_Decoder(self.vae), (z,), inner, name=f"{Path(self.name).name}-decoder")
             example = (z, self._sinusoids(torch.tensor(500.0), 2), condition)
-            name = f"{Path(self.name).name}-unet-{self._precision}"
-            unet = compiled(_Unet(self.unet), example, self._precision, name=name, calibration=rows)
-            self._compiled[size] = (unet, decoder)
+            name = f"{Path(self.name).name}-unet"
+            if coarse:
+                plain = self._compile(height, width)
+                in_int8 = compiled(_Unet(self.unet), example, "int8", name=f"{name}-int8", calibration=rows)
+                self._compiled[size] = plain._replace(coarse=in_int8)
+            else:
+                inner = default_precision() if self._precision == "int8" else self._precision
+                decoder = compiled(_Decoder(self.vae), (z,), inner, name=f"{Path(self.name).name}-decoder")
+                unet = compiled(_Unet(self.unet), example, inner, name=f"{name}-{inner}")
+                self._compiled[size] = Networks(unet, decoder)
         return self._compiled[size]
 
     def _typical_inputs(self, height: int, width: int) -> list[tuple[Tensor, ...]]:
-        """Up to TYPICAL_ROWS inputs of the UNet, (1, ...) each, spread evenly over the steps of TYPICAL_PROMPTS."""
+        """Up to TYPICAL_ROWS inputs of the UNet, (1, ...) each, spread evenly over TYPICAL_PROMPTS and the steps that
+        int8 computes."""
+        own, guided = self.capabilities, self.capabilities.default_guidance != 1.0
         request = GenerationRequest(
-            TYPICAL_PROMPTS, tuple(range(len(TYPICAL_PROMPTS))), height=height, width=width
-        )  # fmt: skip
+            TYPICAL_PROMPTS,
+            tuple(range(len(TYPICAL_PROMPTS))),
+            height=height,
+            width=width,
+            num_inference_steps=max(own.default_steps, 5 if guided else 3),  # of fewer it computes none
+            guidance_reuse=8 if guided else 1,
+        )
         self._seen = []
         try:
             self._denoise(validate(request, self.capabilities, self.name), None)
@@ -491,11 +529,12 @@ class DiffusionGenerator:
             self._seen = None
         return rows[:: -(-len(rows) // TYPICAL_ROWS)]
 
-    def _unet(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        if self._seen is not None:
+    def _unet(self, z: Tensor, t: Tensor, condition: Tensor, coarse: bool = False) -> Tensor:
+        if self._seen is not None and coarse:
             self._seen.append((z.clone(), self._sinusoids(t, len(z)), condition))
         if self._compiled_now is not None:
-            return self._compiled_now[0](z, self._sinusoids(t, len(z)), condition)
+            network = (coarse and self._compiled_now.coarse) or self._compiled_now.unet
+            return network(z, self._sinusoids(t, len(z)), condition)
         z = z.contiguous(memory_format=torch.channels_last)
         return self.unet(z, t.to(z.device), encoder_hidden_states=condition, return_dict=False)[0].float()
 
@@ -516,7 +555,7 @@ class DiffusionGenerator:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         if self._compiled_now is not None:
-            return self._compiled_now[1](latents)
+            return self._compiled_now.decoder(latents)
         return self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
 
 
@@ -605,6 +644,7 @@ class PipelineGenerator:
         parts = {part: getattr(pipeline, part) for part in names if getattr(pipeline, part, None) is not None}
         self.slots = AdapterSlots(parts, name, folder, lambda: pipeline.unload_lora_weights())
         self._remembered: dict[str, dict[str, Tensor]] = {}
+        self._inductor = False
 
     @classmethod
     def from_pretrained(
@@ -656,6 +696,7 @@ class PipelineGenerator:
     def use_compile(self) -> None:
         """From now on the UNet or transformer is compiled by torch.compile, for each size when that is first drawn."""
         (getattr(self.pipeline, "unet", None) or self.pipeline.transformer).compile()
+        self._inductor = True
 
     def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> GenerationResult:
         """Draw the request's images; see ImageGenerator.
@@ -687,8 +728,13 @@ class PipelineGenerator:
             )
         images = to_uint8(output.images.float().cpu() * 2 - 1)
         notes = tuple(dict.fromkeys((*notes, *self._cut(request.prompts))))
-        extra = {"backend": f"torch {self.quantized}"} if self.quantized else {}
-        return GenerationResult(images, request, self.name, time.perf_counter() - started, notes, extra=extra)
+        taken = time.perf_counter() - started
+        return GenerationResult(images, request, self.name, taken, notes, extra=self._drawn_by())
+
+    def _drawn_by(self) -> dict[str, str]:
+        """The backend, for the picture's file, where it was not plain torch."""
+        backend = " ".join(filter(None, ("compile" if self._inductor else "torch", self.quantized)))
+        return {} if backend == "torch" else {"backend": backend}
 
     @contextlib.contextmanager
     def _solver(self, request: GenerationRequest) -> Iterator[None]:

@@ -61,8 +61,8 @@ def load(
         backend: "torch"; or "compile": UNet or transformer go through torch.compile, which takes half a minute or more
             for each size of batch and was measured to pay on a GPU only; or "openvino": UNet and decoder of gigdiff's
             own diffusion models are compiled for the CPU: a single picture in about half the time, differing from
-            torch's in its last bits. dtype may then also be "int8": faster still, but it was measured to cost 3 points
-            of type accuracy, 11 with guidance. Needs
+            torch's in its last bits. dtype may then also be "int8", for the steps that can bear it: a student's, or
+            with `guidance_reuse=8`; a fifth more in batches for half a point to one of type accuracy. Needs
             `pip install "gigdiff[openvino]"`; docs/performance.md.
         offload: for big pipelines on small GPUs (CUDA): "model" keeps each part on the GPU only while it works,
             "sequential" each layer (least memory, slow). Not for gigdiff's own models, which need no gigabyte.
