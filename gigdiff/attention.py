@@ -511,8 +511,8 @@ def _set_transformer(model: Any, backend: str) -> None:
     elif all(hasattr(processor, "_attention_backend") for processor in own.values()):  # FLUX and newer
         from diffusers.models.attention_dispatch import attention_backend
 
-        # set_attention_backend also changes the default of all other models: the context puts it back.
         model.set_attn_processor(own)
+        # set_attention_backend also changes the default of all other models: the context puts it back.
         with _no_diffusers_warnings(), attention_backend("native"):
             model.set_attention_backend(DISPATCHED[backend])
     elif backend == "xformers":

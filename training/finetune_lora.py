@@ -161,8 +161,16 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
     if not isinstance(generator, DiffusionGenerator) and getattr(generator.pipeline, "safety_checker", None):
         generator.pipeline.safety_checker = None  # not needed for one's own photos, and large
     model = denoiser_of(generator, family)
+
+    def use_attention(training: bool, size: tuple[int, int] | None = None) -> None:
+        """The kernel that was asked for, or a generator's, in the precision of the steps and the held-out loss."""
+        drawn_with = "auto" if family.part == "unet" or config.attention == "auto" else "sdpa"
+        backend, dtype = config.attention if training else drawn_with, autocast_dtype(config.mixed_precision)
+        set_attention(model, backend, training=training, dtype=dtype, size=size)
+
     if config.attention != "auto":  # says now, not after an hour of encoding, that it can't be had
-        set_attention(model, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
+        use_attention(training=True)
+        use_attention(training=False)  # class images are drawn yet
     base_dtype = next(model.parameters()).dtype
     scheduler = generator.scheduler if isinstance(generator, DiffusionGenerator) else generator.pipeline.scheduler
 
@@ -262,9 +270,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         for network in parts.values():
             network.eval()
             cast_lora_inputs(network, True)
-        # As a generator, in the held-out loss's precision: a kernel for float32 draws in half precision too.
-        drawn_with = "auto" if family.part == "unet" or config.attention == "auto" else "sdpa"
-        set_attention(model, drawn_with, dtype=autocast_dtype(config.mixed_precision))
+        use_attention(training=False)
         try:
             with torch.no_grad(), ema.applied_to(adapter):
                 yield
@@ -272,11 +278,10 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
             train_mode()
 
     def train_mode() -> None:
-        dtype = autocast_dtype(config.mixed_precision)
-        set_attention(model, config.attention, training=True, dtype=dtype, size=latent_size)
+        use_attention(training=True, size=latent_size)
         for network in parts.values():
             network.train()
-            cast_lora_inputs(network, dtype == torch.float32)
+            cast_lora_inputs(network, config.mixed_precision == "no")
 
     def lora_file(step: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with averaged():

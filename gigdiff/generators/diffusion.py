@@ -522,6 +522,7 @@ class DiffusionGenerator:
             guidance_reuse=8 if guided else 1,
         )
         self._seen = []
+        self._compiled_now = None  # what drew last may be for another size
         try:
             self._denoise(validate(request, self.capabilities, self.name), None)
             rows = [tuple(x[i : i + 1] for x in call) for call in self._seen for i in range(len(call[0]))]
