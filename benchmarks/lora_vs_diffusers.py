@@ -7,10 +7,11 @@ project. Both get the same model, photos, captions, size, batch, steps, rank and
 own. Three comparisons (`--comparisons`): each script's own default precision (the peer's is float32, ours the one that
 the device computes in), both in float32, both in bfloat16.
 
-Every way first runs `--long` steps, which warms caches and in which ours fills its cache; the peak memory is that
-process's (ru_maxrss), and the held-out loss of its LoRA is measured by one function here. Then, `--rounds` times, one
-way after the other runs `--short` and `--long` steps; the difference of a pair leaves out start-up, encoding, previews
-and saving: images a second after caching, of which the median and the range are reported.
+`--rounds` times, one way after the other trains for `--steps` steps in a process of its own. The time of a step is
+taken by a hook that torch calls after every optimizer step, so start-up, encoding (ours fills its cache in the first
+round), previews and saving are left out, and so are the first `--warmup` steps: images a second after caching, of which
+the median and the range are reported. Peak memory is that of the first round's process: resident (ru_maxrss), on a GPU
+torch's peak allocation. The held-out loss of each way's LoRA is measured by one function here.
 
 The model has Stable Diffusion's layout and random weights; `--width` is its first level's, 320 in Stable Diffusion 1.5.
 What a step is made of depends on width and resolution: convolutions cost the square of the width, attention the width
@@ -19,8 +20,8 @@ and encoding a photo costs 1.39 passes of the UNet; the default 128 at 256 x 256
 65% and 1.10, 32 at 128 x 128 13% and 2.05 (torch.utils.flop_counter). Stable Diffusion's own size, 7 and 19 seconds a
 step:
 
-    python benchmarks/lora_vs_diffusers.py --peer ... --width 320 --resolution 512 --train_batch_size 1 --short 1 \
-        --long 4 --levels 0 --comparisons defaults --rounds 2
+    python benchmarks/lora_vs_diffusers.py --peer ... --width 320 --resolution 512 --train_batch_size 1 \
+        --steps 6 --warmup 2 --levels 0 --comparisons defaults --rounds 2
 
 Where torchvision isn't installed, the peer is lent a stand-in of its five transforms, written with Pillow and torch.
 """
@@ -38,7 +39,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,39 @@ class Normalize:
 """
 
 
-# The libraries look for torchvision first and don't find it; then the stand-in is put where the peer's script finds it.
+# Runs a script with a hook on optimizer steps, as `python -c LAUNCH folder report warmup device script flags...`.
+# `folder` holds the stand-in or is "": the libraries look for torchvision first and don't find it, then the peer's
+# script does.
 LAUNCH = """
-import runpy, sys
-import diffusers, peft, transformers
-from transformers.utils import is_torchvision_available
-is_torchvision_available()
-from transformers import CLIPTextModel, CLIPTokenizer
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, AutoencoderKL
-sys.path.insert(0, sys.argv[1])
-sys.argv = sys.argv[2:]
+import json, runpy, sys, time
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+lent, report, warmup, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+sys.argv = sys.argv[5:]
+if lent:
+    import diffusers, peft, transformers
+    from transformers.utils import is_torchvision_available
+    is_torchvision_available()
+    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, AutoencoderKL
+    sys.path.insert(0, lent)
+seen = {"steps": 0}
+
+def count(*_):
+    seen["steps"] += 1
+    if device == "cuda" and seen["steps"] >= warmup:
+        torch.cuda.synchronize()
+    if seen["steps"] == warmup:
+        seen["from"] = time.perf_counter()
+    seen["to"] = time.perf_counter()
+
+register_optimizer_step_post_hook(count)
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
+seen["memory"] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+with open(report, "w") as file:
+    json.dump(seen, file)
 """
 
 
@@ -177,17 +199,18 @@ def copy_photos(source: Path, folder: Path, held_out: int) -> tuple[Path, Path]:
     return folder / "train", folder / "held"
 
 
-def timed(words: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """(seconds, peak memory in MB) of a process."""
-    started = time.perf_counter()
+def timed(words: list[str], environment: dict[str, str], report: Path, device: str) -> tuple[float, float]:
+    """(seconds of a step, peak memory in MB) of a process that LAUNCH watches."""
     process = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"error: {' '.join(words[:3])} failed:\n{errors.decode()[-3000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+        sys.exit(f"error: {words[7]} failed:\n{errors.decode()[-3000:]}")
+    seen = json.loads(report.read_text())
+    counted = seen["steps"] - int(words[5])
+    return (seen["to"] - seen["from"]) / counted, seen["memory"] if device == "cuda" else usage.ru_maxrss / 1024
 
 
 def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argparse.Namespace) -> float:
@@ -199,7 +222,7 @@ def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argpa
     from gigdiff.fit.families import family_of, noised
     from gigdiff.fit.lora_data import encode_photos, held_out_batches
 
-    generator: Any = gigdiff.load(model, device="cpu", dtype="float32")
+    generator: Any = gigdiff.load(model, device=arguments.device, dtype="float32")
     config = dataclasses.replace(run_config(model, photos, photos.parent / "measured", arguments), train_batch_size=8)
     dataset = load_products(str(photos))
     captions = [list(record.captions) for record in dataset.records()]
@@ -210,6 +233,7 @@ def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argpa
     total = count = 0.0
     with torch.no_grad():
         for batch in held_out_batches(data, family, config, levels=arguments.levels):
+            batch = batch.to(torch.device(arguments.device))
             n = noised(family, generator.pipeline.scheduler, batch.latents, batch.noise, batch.u, None)
             predicted = family.predict(generator.pipeline.unet, n.z, n.timesteps, batch.condition)
             total += float((predicted - n.target).square().mean()) * len(batch.latents)
@@ -236,8 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True, help="diffusers' train_text_to_image_lora.py")
     parser.add_argument("--photos", default=str(ROOT / "examples" / "catalogue" / "train"))
-    parser.add_argument("--short", type=int, default=4)
-    parser.add_argument("--long", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warmup", type=int, default=4, help="steps that are not timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train_batch_size", type=int, default=4)
     parser.add_argument("--width", type=int, default=128, help="channels of the first level, a multiple of 32")
@@ -247,23 +271,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--levels", type=int, default=32, help="noise levels of the held-out loss; 0: not measured")
     parser.add_argument("--comparisons", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", help="JSON report")
     arguments = parser.parse_args()
+    if not 0 < arguments.warmup < arguments.steps:
+        parser.error(f"--warmup {arguments.warmup}: from 1 to --steps - 1 ({arguments.steps - 1})")
     from gigdiff.fit.config import as_yaml
 
     peer = Path(arguments.peer)
     work = Path(tempfile.mkdtemp(prefix="lora-vs-"))
     model = build_model(work / "model", arguments.width)
     train, held = copy_photos(Path(arguments.photos), work / "photos", 6)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
-    launch = [str(peer)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["ACCELERATE_USE_CPU"] = str(arguments.device == "cpu").lower()
+    lent = ""
     try:
         import torchvision  # noqa: F401
     except ImportError:
+        lent = str(work / "lent")
         (work / "lent" / "torchvision").mkdir(parents=True)
         (work / "lent" / "torchvision" / "__init__.py").write_text("")
         (work / "lent" / "torchvision" / "transforms.py").write_text(STAND_IN)
-        launch = ["-c", LAUNCH, str(work / "lent"), str(peer)]
+
+    def launched(script: Path, lent: str, *flags: str) -> list[str]:
+        watch = [lent, str(work / "seen.json"), str(arguments.warmup), arguments.device]
+        return [sys.executable, "-c", LAUNCH, *watch, str(script), *flags]
 
     def peer_words(steps: int, precision: str) -> list[str]:
         flags = {
@@ -275,37 +307,35 @@ def main() -> None:
             "cache_dir": work / "peer-cache",
         }  # fmt: skip
         pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, *launch, *pairs, "--center_crop"]
+        return launched(peer, lent, *pairs, "--center_crop")
 
     def our_words(steps: int, precision: str) -> list[str]:
         out = work / f"ours-{precision}-{steps}"
         config = dataclasses.replace(run_config(model, train, out, arguments, precision), max_train_steps=steps)
         file = out.with_suffix(".yaml")
         file.write_text(as_yaml(config))
-        return [sys.executable, str(ROOT / "training" / "finetune_lora.py"), "--config", str(file)]
+        return launched(ROOT / "training" / "finetune_lora.py", "", "--config", str(file))
 
+    if arguments.device == "cuda":  # "auto" is bf16 on any GPU of today: not twice
+        COMPARISONS["defaults"] = (("ours", "bf16"), ("peer", "no"))
     words = {"ours": our_words, "peer": peer_words}
     ways = list(dict.fromkeys(way for name in arguments.comparisons for way in COMPARISONS[name]))
     memory, rates = {}, {way: [] for way in ways}  # type: ignore[var-annotated]
 
-    def seconds_of(way: tuple[str, str], steps: int) -> tuple[float, float]:
-        seconds, peak = timed(words[way[0]](steps, way[1]), environment)
-        print(f"{way[0]} {way[1]}: {steps} steps in {seconds:.1f} s, {peak:.0f} MB", file=sys.stderr, flush=True)
-        return seconds, peak
-
-    for way in ways:
-        memory[way] = seconds_of(way, arguments.long)[1]
-    for _ in range(arguments.rounds):
+    for count in range(arguments.rounds):
         for way in ways:
-            short, long = (seconds_of(way, steps)[0] for steps in (arguments.short, arguments.long))
-            rates[way].append(arguments.train_batch_size * (arguments.long - arguments.short) / (long - short))
+            words_of_way = words[way[0]](arguments.steps, way[1])
+            seconds, peak = timed(words_of_way, environment, work / "seen.json", arguments.device)
+            memory.setdefault(way, peak)
+            rates[way].append(arguments.train_batch_size / seconds)
+            print(f"round {count + 1}, {way[0]} {way[1]}: {seconds:.3f} s a step, {peak:.0f} MB", file=sys.stderr)
     results = {
         f"{name} {precision}": {
             "images_per_second": statistics.median(rates[name, precision]),
             "range": [min(rates[name, precision]), max(rates[name, precision])],
             "peak_memory_mb": memory[name, precision],
             **(
-                {"held_out_loss": held_out_loss(model, work / f"{name}-{precision}-{arguments.long}", held, arguments)}
+                {"held_out_loss": held_out_loss(model, work / f"{name}-{precision}-{arguments.steps}", held, arguments)}
                 if arguments.levels
                 else {}
             ),
@@ -335,6 +365,7 @@ def main() -> None:
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),
     }
     text = json.dumps(report, indent=2)
     print(text)

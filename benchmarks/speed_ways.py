@@ -20,6 +20,7 @@ from speed_measure import NotHere, Way
 
 import gigdiff
 from gigdiff.attention import set_attention
+from gigdiff.cuda_graphs import recorded_for_training
 from gigdiff.data import ProductDataset, load_products
 from gigdiff.data.captions import compose_captions
 from gigdiff.data.encoded import EncodedProducts
@@ -68,7 +69,8 @@ def stock(args: Namespace, batch: int, *, steps: int, bf16: bool = False) -> Way
     about = card(folder)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    encoder = load_text_encoder(about.get("text_encoder", "minilm"), args.device)
+    encoder = copy.copy(load_text_encoder(about.get("text_encoder", "minilm"), args.device))
+    encoder.cuda_graphs = False
     guidance = about["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
     prompts, seeds = asked(batch)
 
@@ -151,8 +153,8 @@ def their_training(args: Namespace, *, bf16: bool = False) -> Way:
     about, weight_dtype = card(folder), torch.bfloat16 if bf16 else torch.float32
     unet = load_unet(folder / "unet").to(args.device).train()
     vae = load_autoencoder(folder / "vae").to(args.device, weight_dtype).requires_grad_(False)
-    encoder = copy.deepcopy(load_text_encoder(about.get("text_encoder", "minilm"), args.device))
-    encoder.model.to(weight_dtype)
+    encoder = copy.copy(load_text_encoder(about.get("text_encoder", "minilm"), args.device))
+    encoder.model, encoder.cuda_graphs = copy.deepcopy(encoder.model).to(weight_dtype), False
     noise_scheduler: Any = DDPMScheduler.from_pretrained(folder / "scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     lr_scheduler = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=500, num_training_steps=15000)
@@ -201,10 +203,11 @@ def our_training(args: Namespace) -> Way:
     """The steps of training/train_diffusion.py with its defaults on the same UNet, photos and batch.
 
     Latents and embeddings come from the cache (it is filled while building, outside the time), the next batch is made
-    in a thread; channels_last, gigdiff's attention for training, fused AdamW, EMA, clipping, the device's precision.
+    in a thread; on a GPU the UNet's passes are CUDA graphs; channels_last, gigdiff's attention for
+    training, fused AdamW, EMA, clipping, the device's precision.
     """
     sys.path.insert(0, str(ROOT / "training"))
-    from train_diffusion import DiffusionConfig, build_scheduler, loss_of, make_batch
+    from train_diffusion import DiffusionConfig, Velocity, build_scheduler, inputs_of, loss_of, make_batch
 
     from gigdiff.diffusion import log_sigmas
 
@@ -230,13 +233,16 @@ def our_training(args: Namespace) -> Way:
         start = step * config.train_batch_size
         return make_batch(data, range(start, start + config.train_batch_size), config, encoder.max_length)
 
+    predict: Any = Velocity(unet)
+    if device.type == "cuda":
+        predict = recorded_for_training(predict, inputs_of(load(0).to(device), table), embedded_dtype(device))
     batches = prefetched(range(10**6), load)
 
     def train() -> None:
         for _ in range(args.train_steps):
             _, batch = next(batches)
             with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-                loss = loss_of(unet, batch.to(device), table, config.snr_gamma)
+                loss = loss_of(predict, batch.to(device), table, config.snr_gamma)
             loss.item()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)

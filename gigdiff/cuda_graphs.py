@@ -1,8 +1,8 @@
-"""Networks drawn on a GPU by CUDA graphs: one launch in place of hundreds, weights kept in the drawing's precision.
+"""Networks on a GPU by CUDA graphs: one launch in place of hundreds, in drawing and in training.
 
 A UNet of a few million parameters leaves a GPU waiting for its kernels to be launched one by one, and autocast launches
 more of them, to round weights at every call. Here a network's kernels are recorded once for each shape of its inputs
-and then replayed; half precision is that of a rounded copy of the weights.
+and then replayed; in drawing half precision is that of a rounded copy of the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gigdiff.packing import state_of
 
-__all__ = ["GraphedNetwork"]
+__all__ = ["GraphedNetwork", "recorded_for_training"]
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class GraphedNetwork:
     def _held(self, x: Tensor, device: torch.device) -> Tensor:
         """A tensor of the recording's own, to copy inputs like x into."""
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        return torch.empty_like(x, dtype=self.dtype, device=device, memory_format=layout).copy_(x)
+        dtype = self.dtype if x.is_floating_point() else x.dtype
+        return torch.empty_like(x, dtype=dtype, device=device, memory_format=layout).copy_(x)
 
     def _run(self, *inputs: Tensor) -> Tensor:
         with torch.autocast("cuda", enabled=False):
@@ -107,3 +108,30 @@ class GraphedNetwork:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self._run(*held)
         return graph, held, output
+
+
+def recorded_for_training(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """`network`, its forward and its backward pass recorded as CUDA graphs; itself, with a warning, where that fails.
+
+    For inputs of `example`'s shapes and dtypes only, in training mode. The weights are the network's own, read anew at
+    each replay. Gradients lie in the recording's memory, which the next backward pass writes over: use or clear them
+    before it (`zero_grad`), and don't add up several passes.
+
+    Args:
+        network: takes tensors on a GPU and gives one. It is changed: calls go through the recording.
+        example: inputs, only looked at for what they are like.
+        dtype: of autocast; float32: without.
+    """
+    plain = network.forward
+    try:
+        # Casts that autocast remembers from one pass to the next would be recorded as those of the first weights.
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            # Of the recording's side stream, at each step; newer versions warn of it.
+            if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+                torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+            return torch.cuda.make_graphed_callables(network, example)  # type: ignore[return-value]
+    except RuntimeError as error:
+        log.warning("%s is trained without a CUDA graph: %s", type(network).__name__, error)
+        network.forward = plain  # type: ignore[method-assign]
+        network.zero_grad()
+        return network

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gigdiff.cuda_graphs import GraphedNetwork
 from gigdiff.errors import InputError, MissingDependencyError, ModelMismatchError, ModelNotFoundError
 from gigdiff.products import condense
 
@@ -27,6 +28,9 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_TOKENS = 32  # catalogue names take 10 to 18
 MAX_TOKENS = 77  # CLIP's; for encoders whose own limit is larger (T5: 512) a product prompt needs no more
+
+
+GRAPHED_TEXTS = 16  # at once, on a GPU; more keep it busy without
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class TextEncoder:
         max_length: tokens a text may have, special tokens included; longer ones are condensed and reported.
         name: what it was loaded from, for reports.
         fingerprint: hash of weights, tokenizer and max_length, for cache keys.
+
+    On a GPU a few texts are read by a CUDA graph, unless `cuda_graphs` is set to False.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, max_length: int, name: str, fingerprint: str) -> None:
@@ -85,6 +91,8 @@ class TextEncoder:
         self.max_length = max_length
         self.name = name
         self.fingerprint = fingerprint
+        self.cuda_graphs = True
+        self._graphed: GraphedNetwork | None = None
         self.dim: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
 
     @property
@@ -125,15 +133,30 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         mask = batch["attention_mask"].bool()
-        tokens = output.last_hidden_state.float() * mask.unsqueeze(-1)
+        few = pad_to is None and len(texts) <= GRAPHED_TEXTS  # so that there are few shapes
+        if self.cuda_graphs and self.device.type == "cuda" and few and self.model.config.model_type == "bert":  # type: ignore[union-attr]
+            output, states = None, self._recorded_states(batch["input_ids"], mask)
+        else:
+            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            states = output.last_hidden_state.float()
+        tokens = states * mask.unsqueeze(-1)
         pooled = getattr(output, "pooler_output", None) if self.model.config.model_type.startswith("clip") else None  # type: ignore[union-attr, operator]
         if pooled is None:
             # The sentence vector as sentence-transformers defines it: the mean of the real tokens, of unit length.
             mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
             pooled = torch.nn.functional.normalize(mean, dim=-1)
         return TextEmbedding(tokens, mask, pooled.float(), tuple(left_out for _, left_out in fitted))
+
+    def _recorded_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The last hidden states by a CUDA graph. A text's few tokens are a hundred launches of next to nothing."""
+        if self._graphed is None:
+            self._graphed = GraphedNetwork(_States(self.model), torch.float32)
+        self._graphed.refresh()
+        # Counts of texts are rounded up to powers of two, of each of which there is a recording.
+        more = (1 << (len(ids) - 1).bit_length()) - len(ids)
+        ids, mask = (torch.cat([x, x[:1].expand(more, -1)]) for x in (ids, mask))
+        return self._graphed(ids, mask)[: len(ids) - more]
 
     def encode_alone(self, text: str) -> TextEmbedding:
         """One text, (1, L, D), as `encode` gives it but for its last bits: it is read at its own length, unpadded.
@@ -147,6 +170,21 @@ class TextEncoder:
         return TextEmbedding(
             pad(found.tokens, (0, 0, 0, missing)), pad(found.mask, (0, missing)), found.pooled, (left_out,)
         )
+
+
+class _States(torch.nn.Module):
+    """A BERT model as a function of token ids and mask (N, L): its last hidden states.
+
+    It is given the mask that it would make itself after looking whether any token is masked at all, which a GPU can't
+    be asked while it records.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask[:, None, None, :]).last_hidden_state
 
 
 def _sha256(path: Path) -> str:

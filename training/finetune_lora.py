@@ -427,7 +427,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         check_finite(mean_loss, step, config.learning_rate * rate)
         norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
         if config.mixed_precision != "fp16":  # there, an infinite gradient only means that the loss scale is lowered
-            check_finite(norm, step, config.learning_rate * rate)
+            check_finite(norm, step, config.learning_rate * rate, gradient=True)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(adapter)

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
+from gigdiff.cuda_graphs import recorded_for_training
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.diffusion import add_noise, log_sigmas, min_snr_weight, timesteps_of, velocity
 from gigdiff.errors import GigdiffError
@@ -67,7 +69,9 @@ class DiffusionConfig:
         log_sigma_std: its standard deviation.
         snr_gamma: min-SNR weighting of the loss; none by default.
         train_batch_size: images a step and process.
-        dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
+        dataloader_num_workers: processes that prepare batches; 0 is a thread, as fast on a GPU too.
+        cuda_graphs: record the UNet's passes as CUDA graphs, on one GPU: a small UNet's kernels take longer to launch
+            than to run.
         max_train_steps: optimizer steps in all.
         optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest, at the same learning rate.
         learning_rate: peak of the schedule.
@@ -115,6 +119,7 @@ class DiffusionConfig:
     snr_gamma: float | None = None
     train_batch_size: int = 64
     dataloader_num_workers: int = 0
+    cuda_graphs: bool = True
     max_train_steps: int = 10000
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 5e-4
@@ -235,11 +240,29 @@ def fixed_batches(data: EncodedProducts, config: DiffusionConfig, length: int) -
     return batches
 
 
-def loss_of(unet: torch.nn.Module, batch: Batch, table: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, min-SNR weighted where asked for."""
+class Velocity(torch.nn.Module):
+    """A UNet as a function of tensors: noisy latents (N, C, h, w), timesteps (N,), conditions (N, 1 + L, D)."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return self.unet(noisy, timesteps, encoder_hidden_states=condition, return_dict=False)[0]
+
+
+def inputs_of(batch: Batch, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `Velocity` takes."""
     noisy = add_noise(batch.latents, batch.noise, batch.log_sigma).contiguous(memory_format=torch.channels_last)
+    return noisy, timesteps_of(batch.log_sigma, table), batch.condition
+
+
+def loss_of(
+    predict: Callable[..., torch.Tensor], batch: Batch, table: torch.Tensor, snr_gamma: float | None
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity, min-SNR weighted where asked for."""
     target = velocity(batch.latents, batch.noise, batch.log_sigma)
-    predicted = unet(noisy, timesteps_of(batch.log_sigma, table), encoder_hidden_states=batch.condition).sample
+    predicted = predict(*inputs_of(batch, table))
     error = (predicted.float() - target).square().flatten(1).mean(1)
     return (error if snr_gamma is None else error * min_snr_weight(batch.log_sigma, snr_gamma)).mean()
 
@@ -284,8 +307,6 @@ def main(argv: list[str] | None = None) -> None:
     first_step = 0
     if checkpoint is not None:
         first_step, _ = restore_training(checkpoint, "unet", unet, ema, optimizer)
-    wrapped, optimizer = accelerator.prepare(unet, optimizer)
-
     stop = StopSignal().install()
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -311,6 +332,14 @@ def main(argv: list[str] | None = None) -> None:
     def load(step: int) -> Batch:
         return make_batch(train, positions_of_step(step, config.train_batch_size, process, processes), config, length)
 
+    recorded = None
+    if config.cuda_graphs and device.type == "cuda" and processes == 1 and first_step < config.max_train_steps:
+        example = inputs_of(load(first_step).to(device), table)
+        recorded = recorded_for_training(Velocity(unet), example, autocast_dtype(config.mixed_precision))
+    # After recording: what Accelerate makes of `forward` is not to be part of it.
+    wrapped, optimizer = accelerator.prepare(unet, optimizer)
+    predict, predict_held_out = recorded or Velocity(wrapped), Velocity(accelerator.unwrap_model(wrapped))
+
     started, images_done = time.monotonic(), 0
     steps = range(first_step, config.max_train_steps)
     for step, batch in prefetched(steps, load, workers=config.dataloader_num_workers):
@@ -322,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
             decay_fraction=config.lr_decay_fraction,
         )
         set_learning_rate(optimizer, rate)
-        loss = loss_of(wrapped, batch.to(device), table, config.snr_gamma)
+        loss = loss_of(predict, batch.to(device), table, config.snr_gamma)
         check_finite(loss.item(), step, rate)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
@@ -338,8 +367,8 @@ def main(argv: list[str] | None = None) -> None:
         if main_process and (done % config.validation_steps == 0 or last):
             unet.eval()
             with torch.no_grad(), ema.applied_to(unet):
-                # Through `wrapped`, so that the precision is training's.
-                losses = [loss_of(accelerator.unwrap_model(wrapped), b, table, None).item() for b in held_out]
+                # Through what Accelerate wrapped, so that the precision is training's.
+                losses = [loss_of(predict_held_out, b, table, None).item() for b in held_out]
             unet.train()
             sizes = [len(b.latents) for b in held_out]
             values["validation_loss"] = sum(x * n for x, n in zip(losses, sizes, strict=True)) / sum(sizes)

@@ -177,16 +177,21 @@ def threads_left_idle() -> int:
     return cores if cores > 1 else 0
 
 
-def check_finite(loss: float, step: int, learning_rate: float) -> None:
+def check_finite(value: float, step: int, learning_rate: float, gradient: bool = False) -> None:
     """Stop before a NaN reaches the weights.
+
+    Args:
+        value: the loss or, with `gradient`, the norm of its gradient.
 
     Raises:
         NumericalError: naming step and learning rate.
     """
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
+        what = "norm of the gradient" if gradient else "loss"
+        kernel = " If the loss was fine, it may be the kernel: --attention math." if gradient else ""
         raise NumericalError(
-            f"the loss is {loss} at step {step} (learning rate {learning_rate:g}). The last checkpoint is untouched: "
-            "continue from it with --resume_from_checkpoint latest and a lower --learning_rate."
+            f"the {what} is {value} at step {step} (learning rate {learning_rate:g}). The last checkpoint is "
+            f"untouched: continue from it with --resume_from_checkpoint latest and a lower --learning_rate.{kernel}"
         )
 
 

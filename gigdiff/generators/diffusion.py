@@ -569,6 +569,8 @@ class _Unet(torch.nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = copy.copy(unet)  # the layers are shared
+        # What Accelerate makes of `forward` in training is bound to the UNet that was copied, and its time embedding.
+        self.unet.__dict__.pop("forward", None)
 
     def forward(self, z: Tensor, sinusoids: Tensor, condition: Tensor) -> Tensor:
         self.unet.get_time_embed = lambda sample, timestep: sinusoids

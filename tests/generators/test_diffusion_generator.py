@@ -12,7 +12,7 @@ import torch
 
 import gigdiff
 from gigdiff.errors import CapabilityError, InputError, ModelMismatchError, ModelNotFoundError, NumericalError
-from gigdiff.generators.diffusion import DiffusionGenerator, PipelineGenerator
+from gigdiff.generators.diffusion import DiffusionGenerator, PipelineGenerator, _Unet
 from gigdiff.generators.request import GenerationRequest
 
 PROMPTS = ("red wool coat", "black leather handbag", "spectacles")
@@ -48,6 +48,26 @@ def test_prompt_seed_guidance_and_negative_prompt_each_change_the_picture(genera
     ):
         assert not np.array_equal(draw(generator, **changes), base), changes
     assert np.array_equal(draw(generator, negative_prompts=("",) * 3), base)
+
+
+def test_a_unet_that_accelerate_wrapped_hears_its_timestep(tiny_model: Path) -> None:
+    """Graphs and compiled networks draw with a shallow copy; its `forward` was still the trained UNet's: timestep 0."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    generator = DiffusionGenerator.from_pretrained(tiny_model, dtype=torch.float32)
+    z, condition = torch.randn(2, generator.unet.config.in_channels, 10, 8), generator.embed(["a", "b"])
+    asked = [torch.tensor(t) for t in (10, 900)]
+    expected = [generator._unet(z, t, condition["prompt_embeds"]) for t in asked]
+    AcceleratorState._reset_state(True)
+    generator.unet = Accelerator(cpu=True, mixed_precision="bf16").prepare(generator.unet)
+    AcceleratorState._reset_state(True)
+    network = _Unet(generator.unet)
+    with torch.no_grad():
+        heard = [network(z, generator._sinusoids(t, 2), condition["prompt_embeds"]) for t in asked]
+    for ours, plain in zip(heard, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], rtol=1e-2, atol=1e-3)
 
 
 def test_guidance_outside_its_interval_is_no_guidance(tiny_model: Path) -> None:

@@ -395,6 +395,32 @@ def test_a_nan_loss_stops_and_leaves_the_last_checkpoint(config: Any, monkeypatc
     assert len(losses(config.output_dir)) >= int(newest.name.split("-")[1])
 
 
+def test_an_infinite_gradient_of_a_finite_loss_stops_too_and_says_what_to_try(config: Any, monkeypatch: Any) -> None:
+    """As FLUX's did on a GPU in bfloat16, by one of torch's attention kernels."""
+    backward = F.Accelerator.backward
+
+    def broken(self: Any, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        self.of_step = getattr(self, "of_step", 0) + 1
+        if self.of_step == 3:
+            for p in F_parameters:
+                p.grad.fill_(float("inf"))
+
+    F_parameters: list[torch.nn.Parameter] = []
+    real = F.build_optimizer
+
+    def build(config: Any, groups: Any, device: Any) -> Any:
+        F_parameters.extend(p for group in groups for p in group["params"])
+        return real(config, groups, device)
+
+    monkeypatch.setattr(F.Accelerator, "backward", broken)
+    monkeypatch.setattr(F, "build_optimizer", build)
+    with pytest.raises(NumericalError, match=r"norm of the gradient is inf at step 2 .*--attention math"):
+        F.finetune(config)
+    kept = load_file(Path(config.output_dir) / "checkpoint-2" / "adapter.safetensors")
+    assert all(torch.isfinite(t).all() for t in kept.values())
+
+
 def test_latest_skips_an_incomplete_checkpoint_with_a_warning(config: Any, tmp_path: Path) -> None:
     F.finetune(config)
     torn = Path(config.output_dir) / "checkpoint-4"

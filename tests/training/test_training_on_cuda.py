@@ -135,3 +135,93 @@ def test_a_lora_is_trained_in_each_precision_and_its_weights_are_float32(
     run("finetune_lora.py", *map(str, flags), "--resume_from_checkpoint", "latest", launch=True, on="cuda")
     again = logged(tmp_path / "run", ("loss",))
     assert again[-1]["loss"] == pytest.approx(log[-1]["loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", ["pipeline", "sdxl", "sd3", "flux"])
+def test_every_familys_lora_is_trained_with_the_attention_of_the_gpu(
+    family: str, precision: str, catalogue: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """--attention auto, which measures UNets' kernels there; previews are what `gigdiff.generate` draws."""
+    import numpy as np
+    from PIL import Image
+
+    import gigdiff
+
+    folder = request.getfixturevalue(f"tiny_{family}")
+    flags: list[Any] = [
+        "--pretrained_model_name_or_path", folder, "--train_data_dir", catalogue, "--cache_dir", tmp_path / "cache",
+        "--output_dir", tmp_path / "run", "--rank", "4", "--train_batch_size", "4", "--max_train_steps", "6",
+        "--learning_rate", "0.02", "--validation_steps", "6", "--checkpointing_steps", "3",
+        "--max_validation_samples", "4", "--num_inference_steps", "2", "--num_validation_images", "1",
+        "--mixed_precision", precision, "--resolution", "64", "--bucket_multiple", "16", "--validation_prompts",
+        "[red box]",
+    ]  # fmt: skip
+    if family in ("sd3", "flux"):
+        flags += ["--max_sequence_length", "32"]
+    if family == "flux" and precision == "bf16":
+        # With torch's own choice of kernel (2.11, H200) gradients of this tiny model were infinite or NaN, now and then
+        # at the first step; by the plain kernel never. Not found out why: docs/lora.md.
+        flags += ["--attention", "math"]
+    run("finetune_lora.py", *map(str, flags), launch=True, on="cuda")
+    log = logged(tmp_path / "run", ("loss", "validation_loss"))
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6] and all(math.isfinite(line["loss"]) for line in log)
+    tensors = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert all(t.dtype == torch.float32 for name, t in tensors.items() if "lora" in name)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    run("finetune_lora.py", *map(str, flags), "--resume_from_checkpoint", "latest", launch=True, on="cuda")
+    again = logged(tmp_path / "run", ("loss",))
+    assert again[-1]["loss"] == pytest.approx(log[-1]["loss"], rel=2e-2)
+    dtype = "float32" if precision == "no" else "bfloat16"
+    drawn = gigdiff.generate(
+        "red box", model=gigdiff.load(folder, dtype=dtype), lora=tmp_path / "run", seed=0, num_inference_steps=2,
+        upscale=False, height=64, width=64,
+    )  # fmt: skip
+    with Image.open(tmp_path / "run" / "previews" / "step-000006" / "prompt-0-seed-0.png") as preview:
+        difference = np.asarray(preview.convert("RGB"), float) - np.asarray(drawn, float)
+    assert np.abs(difference).mean() < 2, "the GPU's kernels need not give the same bits twice"
+
+
+def test_8bit_adam_trains_on_the_gpu_as_adam_does_and_keeps_bytes(
+    catalogue: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    logs = {}
+    for name, more in (("plain", ()), ("8bit", ("--use_8bit_adam", "true"))):
+        flags: list[Any] = [
+            "--pretrained_model_name_or_path", tiny_model, "--train_data_dir", catalogue, "--cache_dir",
+            tmp_path / "cache", "--output_dir", tmp_path / name, "--rank", "128", "--train_batch_size", "4",
+            "--max_train_steps", "8", "--learning_rate", "0.002", "--validation_steps", "8", "--checkpointing_steps",
+            "4", "--max_validation_samples", "4", "--num_inference_steps", "2", "--num_validation_images", "1",
+            "--mixed_precision", "bf16", "--aspect_ratio_buckets", "false", *more,
+        ]  # fmt: skip
+        run("finetune_lora.py", *map(str, flags), launch=True, on="cuda")
+        logs[name] = logged(tmp_path / name, ("loss",))
+    for ours, theirs in zip(logs["8bit"], logs["plain"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
+    moments = load_file(tmp_path / "8bit" / "checkpoint-8" / "optimizer.safetensors")
+    assert torch.uint8 in {t.dtype for t in moments.values()}
+    shutil.rmtree(tmp_path / "8bit" / "checkpoint-8")
+    run("finetune_lora.py", *map(str, flags), "--resume_from_checkpoint", "latest", launch=True, on="cuda")
+    assert logged(tmp_path / "8bit", ("loss",))[-1]["loss"] == pytest.approx(logs["8bit"][-1]["loss"], rel=1e-3)
+
+
+def test_a_recorded_unet_trains_as_the_plain_one_does(catalogue: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """--cuda_graphs: the same losses, step by step, and the weights of each step are those that the optimizer left."""
+    logs = {}
+    for precision in ("no", "bf16"):
+        for recorded in ("true", "false"):
+            out = tmp_path / f"{precision}-{recorded}"
+            flags = flags_of("train_diffusion.py", catalogue, autoencoder, autoencoder, tmp_path / "cache", out)
+            steps = ("--max_train_steps", "12", "--checkpointing_steps", "6", "--validation_steps", "6")
+            more = ("--cuda_graphs", recorded, "--mixed_precision", precision, "--learning_rate", "0.003")
+            done = run("train_diffusion.py", *flags, *steps, *more, launch=True, on="cuda")
+            assert "without a CUDA graph" not in done.stderr
+            logs[precision, recorded] = logged(out, ("loss", "grad_norm", "validation_loss"))
+    for precision, near in (("no", 5e-3), ("bf16", 5e-2)):
+        for ours, plain in zip(logs[precision, "true"], logs[precision, "false"], strict=True):
+            assert ours.keys() == plain.keys()
+            for key, value in plain.items():
+                assert ours[key] == pytest.approx(value, rel=near), (precision, key)
+        losses = [line["loss"] for line in logs[precision, "true"]]
+        assert losses[-1] != pytest.approx(losses[0], rel=near), "weights that never change would give equal logs too"
