@@ -42,6 +42,7 @@ from gigdiff.fit.checkpoint import (
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.families import Family, denoiser_of, family_of, noised
+from gigdiff.fit.frozen import lighten
 from gigdiff.fit.lora_config import LoraConfig, check
 from gigdiff.fit.lora_data import (
     Batch,
@@ -221,11 +222,13 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         generator.remember(prompts)
         generator.free_encoders()
     trained = {}
+    channels_last = False
     for part, network in parts.items():
         network.requires_grad_(False)
         mine = settings if part == family.part else dataclasses.replace(settings, target_modules=TEXT_TARGETS)
         seed = rng.derive_seed(config.seed, f"initialisation {part}")
         trained[part] = add_adapter(network, mine, ADAPTER, seed)
+        channels_last = lighten(network) or channels_last
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing() if part == family.part else network.gradient_checkpointing_enable()
     adapter = torch.nn.ParameterDict(
@@ -315,7 +318,7 @@ def finetune(config: LoraConfig, on_validation: Callable[[int, float], None] | N
         """What the network says, float32."""
         cast = {k: v if k in ("time_ids", "guidance") else v.to(base_dtype) for k, v in condition.items()}
         z = z.to(base_dtype)
-        if family.name == "mini":
+        if family.name == "mini" or (channels_last and torch.is_grad_enabled()):
             z = z.contiguous(memory_format=torch.channels_last)
         return family.predict(model, z, timesteps, cast).float()
 

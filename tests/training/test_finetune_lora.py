@@ -370,7 +370,7 @@ def test_caption_dropout_and_captions_work_with_the_cache(config: Any) -> None:
 def test_early_stopping_keeps_the_best(config: Any) -> None:
     """A learning rate so high that the loss only rises."""
     config = dataclasses.replace(
-        config, learning_rate=3.0, max_train_steps=40, validation_steps=1, preview_steps=100, early_stopping_patience=2
+        config, learning_rate=30.0, max_train_steps=40, validation_steps=1, preview_steps=100, early_stopping_patience=2
     )
     result = F.finetune(config)
     assert result["steps"] < 40 and result["best_step"] == result["steps"] - 2

@@ -1,0 +1,172 @@
+"""gigdiff.fit.frozen: what peft's and torch's layers compute, in training only, at less cost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from gigdiff.fit import frozen
+from gigdiff.fit.frozen import lighten, lora_product
+from gigdiff.lora import LoraSettings, add_adapter
+from gigdiff.precision import cpu_has_bfloat16
+
+in_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not compute in bfloat16")
+ALL = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
+
+
+def tiny_unet(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8,
+    ).to(dtype)  # fmt: skip
+
+
+def with_lora(model: Any, **changes: Any) -> dict[str, nn.Parameter]:
+    settings = {"rank": 4, "lora_alpha": 6.0, "lora_dropout": 0.0, "target_modules": ALL, "use_dora": False}
+    settings |= {"use_rslora": False, "init_lora_weights": "gaussian"} | changes
+    parameters = add_adapter(model, LoraSettings(**settings), "a", 0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in parameters.values():  # lora_B too, or half of the formulas would be of zeros
+            p.copy_(torch.randn_like(p) * 0.2)
+    return parameters
+
+
+def trained(model: Any, dtype: torch.dtype, channels_last: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What a network says to fixed inputs, and its gradients for its latents and its LoRA."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(3, 4, 8, 8, generator=generator).to(model.dtype)
+    text = torch.randn(3, 5, 24, generator=generator).to(model.dtype)
+    weight = torch.randn(3, 4, 8, 8, generator=generator)
+    z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        said = model(z, torch.tensor([3, 300, 900]), encoder_hidden_states=text).sample
+    (said.float() * weight).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.grad = None
+    assert z.grad is not None
+    return said.detach(), z.grad, gradients
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_and_its_gradients_are_autograds_of_the_formula(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((2, 5, 7), (3, 7), (4, 3)))
+    weight, offset = torch.randn(4, 7, dtype=torch.double), torch.randn(4, dtype=torch.double) if bias else None
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_product(x, weight, offset, a, b, 1.7), (x, a, b))
+    plain = x @ weight.t() + (0 if offset is None else offset) + 1.7 * (x @ a.t()) @ b.t()
+    torch.testing.assert_close(lora_product(x, weight, offset, a, b, 1.7), plain)
+
+
+def test_a_light_network_trains_as_the_plain_one_in_float32() -> None:
+    plain = tiny_unet().train()
+    with_lora(plain)
+    light = copy.deepcopy(plain)
+    lighten(light)
+    assert sum(isinstance(m, frozen._LoraLinear) for m in light.modules()) > 20
+    ours, theirs = trained(light, torch.float32), trained(plain, torch.float32)
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert ours[2].keys() == theirs[2].keys() and len(ours[2]) > 40
+    for name, gradient in ours[2].items():
+        assert gradient.dtype == torch.float32 and error(gradient, theirs[2][name]) < 1e-4, name
+
+
+@in_bfloat16
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_and_in_bfloat16_as_near_to_float32_as_the_plain_one(base: torch.dtype, channels_last: bool) -> None:
+    """Against the same rounded weights in float32."""
+    plain = tiny_unet(torch.bfloat16).to(base).train()
+    with_lora(plain)
+    exact = trained(copy.deepcopy(plain).float(), torch.float32)
+    light = copy.deepcopy(plain)
+    assert lighten(light)
+    ours, theirs = trained(light, torch.bfloat16, channels_last), trained(plain, torch.bfloat16)
+    convolutions = [m for m in light.modules() if isinstance(m, frozen._FrozenConv2d)]
+    assert len(convolutions) > 20 and sum(m in frozen._TURNED for m in convolutions) >= len(convolutions) - 3
+    for a, b, c in zip(ours[:2], theirs[:2], exact[:2], strict=True):
+        assert error(a, c) < 1.3 * error(b, c) < 0.1
+    assert ours[2].keys() == theirs[2].keys()
+    total = [sum(error(of[2][n], exact[2][n]) for n in exact[2]) / len(exact[2]) for of in (ours, theirs)]
+    assert total[0] < 1.3 * total[1] < 0.2
+
+
+@in_bfloat16
+def test_in_evaluation_it_is_bit_by_bit_the_plain_one() -> None:
+    plain = tiny_unet(torch.bfloat16)
+    with_lora(plain)
+    light = copy.deepcopy(plain)
+    lighten(light)
+    trained(light, torch.bfloat16)
+    with torch.no_grad():
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                z, text = torch.randn(2, 4, 8, 8).bfloat16(), torch.randn(2, 5, 24).bfloat16()
+                said = [m(z, torch.tensor(300), encoder_hidden_states=text).sample for m in (light, plain)]
+            assert torch.equal(*said)
+    assert light.state_dict().keys() == plain.state_dict().keys()
+
+
+@in_bfloat16
+def test_changed_weights_are_computed_with_in_both_directions() -> None:
+    light = tiny_unet(torch.bfloat16).train()
+    with_lora(light)
+    lighten(light)
+    before = trained(light, torch.bfloat16)
+    with torch.no_grad():
+        for module in light.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(0.7)
+    after = trained(light, torch.bfloat16)
+    fresh = tiny_unet(torch.bfloat16).train()
+    with_lora(fresh)
+    with torch.no_grad():
+        for module in fresh.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(0.7)
+    lighten(fresh)
+    expected = trained(fresh, torch.bfloat16)
+    assert not torch.equal(before[1], after[1])
+    assert torch.equal(after[0], expected[0]) and torch.equal(after[1], expected[1])
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_what_is_more_than_a_plain_lora_stays_pefts(changes: dict[str, Any]) -> None:
+    plain = tiny_unet().train()
+    with_lora(plain, **changes)
+    light = copy.deepcopy(plain)
+    lighten(light)
+    torch.manual_seed(5)
+    ours = trained(light, torch.float32)
+    torch.manual_seed(5)
+    theirs = trained(plain, torch.float32)
+    assert torch.equal(ours[0], theirs[0]) and all(torch.equal(ours[2][n], theirs[2][n]) for n in theirs[2])
+    light.disable_adapters()
+    plain.disable_adapters()
+    with torch.no_grad():
+        z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+        assert torch.equal(*(m(z, 5, encoder_hidden_states=text).sample for m in (light, plain)))
+
+
+def test_only_so_much_memory_is_taken_for_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(frozen.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(frozen, "PACKED_BYTES", 4 * 40_000)
+    light = tiny_unet()
+    assert not lighten(light)
+    kept = [m for m in light.modules() if isinstance(m, frozen._FrozenConv2d)]
+    assert kept and sum(m.weight.numel() for m in kept) <= 40_000
+    assert len(kept) < sum(isinstance(m, nn.Conv2d) for m in light.modules())
