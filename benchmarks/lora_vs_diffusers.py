@@ -9,9 +9,10 @@ the device computes in), both in float32, both in bfloat16.
 
 `--rounds` times, one way after the other trains for `--steps` steps in a process of its own. The time of a step is
 taken by a hook that torch calls after every optimizer step, so start-up, encoding (ours fills its cache in the first
-round), previews and saving are left out, and so are the first `--warmup` steps: images a second after caching, of which
-the median and the range are reported. Peak memory is that of the first round's process: resident (ru_maxrss), on a GPU
-torch's peak allocation. The held-out loss of each way's LoRA is measured by one function here.
+round), previews and saving are left out, and so are the first `--warmup` steps. A round's speed is that of its median
+step, in images a second after caching; the rounds' median and range are reported. Peak memory is that of the first
+round's process: resident (ru_maxrss), on a GPU torch's peak allocation. The held-out loss of each way's LoRA is
+measured by one function here.
 
 The model has Stable Diffusion's layout and random weights; `--width` is its first level's, 320 in Stable Diffusion 1.5.
 What a step is made of depends on width and resolution: convolutions cost the square of the width, attention the width
@@ -119,22 +120,20 @@ if lent:
     from transformers import CLIPTextModel, CLIPTokenizer
     from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, AutoencoderKL
     sys.path.insert(0, lent)
-seen = {"steps": 0}
+ends = []
 
 def count(*_):
-    seen["steps"] += 1
-    if device == "cuda" and seen["steps"] >= warmup:
+    if device == "cuda":
         torch.cuda.synchronize()
-    if seen["steps"] == warmup:
-        seen["from"] = time.perf_counter()
-    seen["to"] = time.perf_counter()
+    ends.append(time.perf_counter())
 
 register_optimizer_step_post_hook(count)
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
-seen["memory"] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+steps = [after - before for before, after in zip(ends[warmup - 1 :], ends[warmup:])]
 with open(report, "w") as file:
-    json.dump(seen, file)
+    json.dump({"steps": steps, "memory": memory}, file)
 """
 
 
@@ -200,7 +199,7 @@ def copy_photos(source: Path, folder: Path, held_out: int) -> tuple[Path, Path]:
 
 
 def timed(words: list[str], environment: dict[str, str], report: Path, device: str) -> tuple[float, float]:
-    """(seconds of a step, peak memory in MB) of a process that LAUNCH watches."""
+    """(median seconds of a step, peak memory in MB) of a process that LAUNCH watches."""
     process = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr
     errors = process.stderr.read()
@@ -209,8 +208,7 @@ def timed(words: list[str], environment: dict[str, str], report: Path, device: s
     if process.returncode:
         sys.exit(f"error: {words[7]} failed:\n{errors.decode()[-3000:]}")
     seen = json.loads(report.read_text())
-    counted = seen["steps"] - int(words[5])
-    return (seen["to"] - seen["from"]) / counted, seen["memory"] if device == "cuda" else usage.ru_maxrss / 1024
+    return statistics.median(seen["steps"]), seen["memory"] if device == "cuda" else usage.ru_maxrss / 1024
 
 
 def held_out_loss(model: Path, lora: Path | None, photos: Path, arguments: argparse.Namespace) -> float:

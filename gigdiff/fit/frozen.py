@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch
+from diffusers.models.activations import GEGLU
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
@@ -30,6 +31,7 @@ def lighten(model: nn.Module) -> bool:
     """Let the frozen layers of a network with a LoRA (see `gigdiff.lora.add_adapter`) take fewer passes in training.
 
     - LoRA layers are one function, see `lora_product`. Those with dropout or DoRA stay peft's.
+    - On a CPU that computes in bfloat16, GEGLU layers (half of a block's feed-forward network) are one function too.
     - On an x86 CPU that computes in bfloat16, convolutions keep oneDNN's layout of their weights, for both directions,
       as long as PACKED_BYTES last: oneDNN makes it anew at each call, at low resolutions for as long as the product.
 
@@ -41,6 +43,8 @@ def lighten(model: nn.Module) -> bool:
     for module in model.modules():
         if type(module) is LoraLinear:
             module.__class__ = _LoraLinear
+        elif type(module) is GEGLU and type(module.proj) is nn.Linear:
+            module.__class__ = _FrozenGEGLU
         elif packs and type(module) in (nn.Conv2d, _PackedConv2d) and module.groups == 1:  # type: ignore[union-attr]
             size = 2 * 2 * module.weight.numel()  # type: ignore[union-attr, operator]
             if module.padding_mode != "zeros" or isinstance(module.padding, str) or size > left:  # type: ignore[union-attr]
@@ -68,6 +72,13 @@ def lora_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     return _LoraProduct.apply(x, weight, bias, a, b, scale)
 
 
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's linear layer, for rows (N, in), without its first filling the output with copies of the bias."""
+    if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(rows, weight, bias)
+
+
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -76,7 +87,7 @@ class _LoraProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         down, up = a.to(x.dtype), (b * scale).to(x.dtype)
         low = rows @ down.t()
-        output = torch.nn.functional.linear(rows, weight, bias).addmm_(low, up.t())
+        output = _linear(rows, weight, bias).addmm_(low, up.t())
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scale, ctx.dtype = scale, a.dtype
         return output.view(*x.shape[:-1], -1)
@@ -107,10 +118,50 @@ class _LoraLinear(LoraLinear):
         return lora_product(x.to(dtype), base.weight.to(dtype), bias, a.weight, b.weight, self.scaling[name])
 
 
+def _trains_in_bfloat16(x: Tensor) -> bool:
+    """With gradients, under bfloat16 autocast, on a CPU."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.is_grad_enabled() and autocast and x.device.type == "cpu"
+
+
+class _FrozenGEGLU(GEGLU):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not _trains_in_bfloat16(hidden_states) or self.proj.weight.requires_grad:
+            return super().forward(hidden_states, *args, **kwargs)
+        bias = None if self.proj.bias is None else self.proj.bias.bfloat16()
+        return _Geglu.apply(hidden_states.bfloat16(), self.proj.weight.bfloat16(), bias)
+
+
+class _Geglu(torch.autograd.Function):
+    """h gelu(g), where x W^T + bias = [h, g] (Shazeer 2020, arXiv 2002.05202): the gradient of both halves is written
+    into one tensor, where autograd's would be put together from two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        rows = x.reshape(-1, x.shape[-1])
+        both = _linear(rows, weight, bias)
+        h, g = both.chunk(2, -1)
+        open_gate = torch.nn.functional.gelu(g)
+        ctx.save_for_backward(both, open_gate, weight)
+        return (h * open_gate).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        both, open_gate, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        h, g = both.chunk(2, -1)
+        into = torch.empty_like(both)
+        dh, dg = into.chunk(2, -1)
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        torch.mul(flat, open_gate, out=dh)
+        torch.ops.aten.gelu_backward.grad_input(flat * h, g, grad_input=dg)
+        return (into @ weight).view(*gradient.shape[:-1], -1), None, None
+
+
 class _FrozenConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if not (torch.is_grad_enabled() and autocast and input.device.type == "cpu") or self.weight.requires_grad:
+        if not _trains_in_bfloat16(input) or self.weight.requires_grad:
             return super().forward(input)
         return _Convolution.apply(input.bfloat16(), self)
 

@@ -95,6 +95,7 @@ def test_and_in_bfloat16_as_near_to_float32_as_the_plain_one(base: torch.dtype, 
     light = copy.deepcopy(plain)
     assert lighten(light)
     ours, theirs = trained(light, torch.bfloat16, channels_last), trained(plain, torch.bfloat16)
+    assert sum(isinstance(m, frozen._FrozenGEGLU) for m in light.modules()) > 3
     convolutions = [m for m in light.modules() if isinstance(m, frozen._FrozenConv2d)]
     assert len(convolutions) > 20 and sum(m in frozen._TURNED for m in convolutions) >= len(convolutions) - 3
     for a, b, c in zip(ours[:2], theirs[:2], exact[:2], strict=True):
@@ -102,6 +103,15 @@ def test_and_in_bfloat16_as_near_to_float32_as_the_plain_one(base: torch.dtype, 
     assert ours[2].keys() == theirs[2].keys()
     total = [sum(error(of[2][n], exact[2][n]) for n in exact[2]) / len(exact[2]) for of in (ours, theirs)]
     assert total[0] < 1.3 * total[1] < 0.2
+
+
+def test_the_gate_and_its_gradient_are_autograds_of_the_formula() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, dtype=torch.double) for shape in ((2, 3, 5), (8, 5), (8,)))
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: frozen._Geglu.apply(x, weight, bias), (x,))
+    h, g = torch.nn.functional.linear(x, weight, bias).chunk(2, -1)
+    torch.testing.assert_close(frozen._Geglu.apply(x, weight, bias), h * torch.nn.functional.gelu(g))
 
 
 @in_bfloat16
