@@ -1,9 +1,9 @@
-"""softmax(q k^T) v for training on a CPU: torch's matrix products, about a thousand queries of one head at a time.
+"""softmax(q k^T) v for training on a CPU: torch's matrix products, a thousand queries of two heads at a time.
 
 torch's own kernel for CPUs (SDPA) works on small tiles, whose products in bfloat16 run at a third of what the cores
-give. Here a tile is 1,024 queries by all keys. As there, the backward pass computes the probabilities again: keeping
-them was no faster, for the memory had to come from somewhere. Small attentions, such as to a prompt's 77 tokens, are
-one batched product. How much that is worth: docs/lora.md.
+give. Here a tile is 1,024 queries by all keys, of a head for each of two cores. As there, the backward pass computes
+the probabilities again. Where they take little memory, all heads are one batched product and probabilities are kept.
+How much that is worth: docs/lora.md.
 
 With P = softmax(S), S = q k^T / sqrt(d), O = P v and the gradient dO (FlashAttention, Dao et al. 2022, arXiv
 2205.14135, appendix B.2): dv = P^T dO, dP = dO v^T, dS = P (dP - sum over keys of P dP), dq = dS k / sqrt(d),
@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Blockwise", "blockwise_attention"]
 
-QUERIES = 1024  # a tile; in halves of it or twice it a step was as fast or slower
-BATCHED_SCORES = 2**19  # queries x keys of one head up to which all heads are one product
+QUERIES, HEADS = 1024, 2  # a tile; with halves of either it was slower, with twice as much as fast or slower
+KEPT_BYTES = 64 * 2**20  # probabilities of a layer that are kept; up to
+KEPT_SCORES = 2**19  # queries x keys of a head, such as to a prompt's 77 tokens, they are in any case
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -39,7 +40,8 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     """
     leading, scale = q.shape[:-2], q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
-    if q.shape[1] * k.shape[1] <= BATCHED_SCORES:
+    scores_of_head = q.shape[1] * k.shape[1]
+    if scores_of_head <= KEPT_SCORES or len(q) * scores_of_head * q.element_size() <= KEPT_BYTES:
         scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
         output = torch.bmm(scores.softmax(-1), v)
     else:
@@ -54,12 +56,13 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        scores, p = q.new_empty(2, min(QUERIES, q.shape[1]), k.shape[1])
+        buffers = q.new_empty(2, HEADS * min(QUERIES, q.shape[1]) * k.shape[1])
         output = torch.empty_like(q)
-        for row in range(len(q)):
-            for tile in _tiles(q.shape[1]):
-                _softmax_into(p, scores, q[row, tile], k[row], scale)
-                torch.mm(p[: tile.stop - tile.start], v[row], out=output[row, tile])
+        for heads in _tiles(len(q), HEADS):
+            for tile in _tiles(q.shape[1], QUERIES):
+                scores, p = _as_scores(buffers, heads, tile, k)
+                _softmax_into(p, scores, q[heads, tile], k[heads], scale)
+                output[heads, tile] = torch.bmm(p, v[heads])
         return output
 
     @staticmethod
@@ -67,32 +70,37 @@ class _Tiles(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         gradient = gradient.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        buffers = q.new_empty(3, min(QUERIES, q.shape[1]), k.shape[1])
-        for row in range(len(q)):
+        buffers = q.new_empty(3, HEADS * min(QUERIES, q.shape[1]) * k.shape[1])
+        for heads in _tiles(len(q), HEADS):
             # Transposed once a head: a product that transposes its tile takes half as long again. In float32: sums over
             # tiles would lose bits in bfloat16.
-            q_t, gradient_t = q[row].t().contiguous(), gradient[row].t().contiguous()
-            dk_t, dv_t = (torch.zeros(x.shape[:0:-1], dtype=torch.float32, device=x.device) for x in (k, v))
-            for tile in _tiles(q.shape[1]):
-                ds, p, dp = buffers[:, : tile.stop - tile.start]
-                _softmax_into(p, ds, q[row, tile], k[row], ctx.scale)
-                dv_t += gradient_t[:, tile] @ p
-                torch.mm(gradient[row, tile], v[row].t(), out=dp)
+            q_t, gradient_t = (x[heads].transpose(1, 2).contiguous() for x in (q, gradient))
+            dk_t, dv_t = (torch.zeros_like(x[heads].transpose(1, 2), dtype=torch.float32) for x in (k, v))
+            for tile in _tiles(q.shape[1], QUERIES):
+                ds, p, dp = _as_scores(buffers, heads, tile, k)
+                _softmax_into(p, ds, q[heads, tile], k[heads], ctx.scale)
+                dv_t += torch.bmm(gradient_t[..., tile], p)
+                torch.bmm(gradient[heads, tile], v[heads].transpose(1, 2), out=dp)
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=ds)
-                torch.addmm(dq[row, tile], ds, k[row], beta=0, alpha=ctx.scale, out=dq[row, tile])
-                dk_t += q_t[:, tile] @ ds
-            dk[row], dv[row] = dk_t.t() * ctx.scale, dv_t.t()
+                dq[heads, tile] = torch.bmm(ds, k[heads]).mul_(ctx.scale)
+                dk_t += torch.bmm(q_t[..., tile], ds)
+            dk[heads], dv[heads] = dk_t.transpose(1, 2) * ctx.scale, dv_t.transpose(1, 2)
         return dq, dk, dv, None
 
 
-def _tiles(places: int) -> list[slice]:
-    return [slice(start, min(start + QUERIES, places)) for start in range(0, places, QUERIES)]
+def _tiles(places: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, places)) for start in range(0, places, size)]
+
+
+def _as_scores(buffers: Tensor, heads: slice, tile: slice, k: Tensor) -> Tensor:
+    """The beginnings of buffers (n, numbers) as (n, heads, queries, keys), each contiguous."""
+    shape = heads.stop - heads.start, tile.stop - tile.start, k.shape[1]
+    return buffers[:, : shape[0] * shape[1] * shape[2]].view(-1, *shape)
 
 
 def _softmax_into(p: Tensor, scores: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-    """softmax(q k^T scale) into the first rows of p, by way of those of scores."""
-    p, scores = p[: len(q)], scores[: len(q)]
-    torch.addmm(scores, q, k.t(), beta=0, alpha=scale, out=scores)
+    """softmax(q k^T scale) into p, by way of scores."""
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
     torch.softmax(scores, -1, out=p)
 
 

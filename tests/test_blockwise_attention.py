@@ -11,8 +11,14 @@ from gigdiff import blockwise_attention as module
 from gigdiff.attention import set_attention
 from gigdiff.blockwise_attention import Blockwise, blockwise_attention
 
-# (batch, heads), queries, keys, head size: tiles with a rest, one tile, one product of all heads
-SHAPES = [((1, 2), 2500, 300, 8), ((2, 1), 1024, 700, 40), ((2, 3), 50, 77, 16)]
+# (batch, heads), queries, keys, head size: tiles with a rest and an odd head, one tile, one product of all heads
+SHAPES = [((1, 3), 2500, 300, 8), ((2, 1), 1024, 700, 40), ((2, 3), 50, 77, 16)]
+
+
+@pytest.fixture(autouse=True)
+def little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the first two shapes take tiles."""
+    monkeypatch.setattr(module, "KEPT_BYTES", 2**20)
 
 
 def inputs(shape: tuple, dtype: torch.dtype) -> list[Tensor]:
@@ -59,6 +65,16 @@ def test_bfloat16_is_as_near_as_plain_attention(shape: tuple) -> None:
     for found, other, expected in zip(ours, theirs, exact, strict=True):
         assert found.dtype == torch.bfloat16
         assert relative(found, expected) < min(0.02, 1.3 * relative(other, expected) + 1e-3)
+
+
+def test_probabilities_that_take_little_memory_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(SHAPES[0], torch.float32)
+    weight = torch.randn_like(tensors[0])
+    tiles = output_and_gradients(blockwise_attention, tensors, weight)
+    monkeypatch.setattr(module, "KEPT_BYTES", 3 * 2500 * 300 * 4)
+    monkeypatch.setattr(module._Tiles, "apply", lambda *_: pytest.fail("tiles"))
+    for a, b in zip(output_and_gradients(blockwise_attention, tensors, weight), tiles, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_only_what_is_asked_for_gets_a_gradient_and_nothing_is_kept_without() -> None:
