@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import DynamoBackend
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from gigdiff import rng
@@ -333,7 +334,9 @@ def main(argv: list[str] | None = None) -> None:
         return make_batch(train, positions_of_step(step, config.train_batch_size, process, processes), config, length)
 
     recorded = None
-    if config.cuda_graphs and device.type == "cuda" and processes == 1 and first_step < config.max_train_steps:
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO  # what was asked of Accelerate goes first
+    records = config.cuda_graphs and device.type == "cuda" and processes == 1 and not compiles
+    if records and first_step < config.max_train_steps:
         example = inputs_of(load(first_step).to(device), table)
         recorded = recorded_for_training(Velocity(unet), example, autocast_dtype(config.mixed_precision))
     # After recording: what Accelerate makes of `forward` is not to be part of it.
