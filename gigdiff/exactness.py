@@ -1,7 +1,8 @@
 """The same bits for an image alone and in a batch, in float32 on a CPU.
 
 A float32 matrix product over all rows of a batch picks its kernel, and with it the order of its sums, by the number of
-rows. Convolutions, norms and attention do not on the CPUs seen so far, nor does anything under bfloat16 autocast.
+rows. Convolutions, norms and attention do not on the CPUs seen so far, nor does anything under bfloat16 autocast but
+long sums on a CPU with AMX, for which see gigdiff.packing.
 """
 
 from __future__ import annotations

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gigdiff.precision import cpu_has_bfloat16
+from gigdiff.precision import cpu_has_amx, cpu_has_bfloat16
 
 __all__ = ["pack", "state_of", "unpacked"]
+
+# On a CPU with AMX oneDNN splits sums of this many products in ways that depend on the batch: one by one there, so that
+# an image is the same bits in any. (Emerald Rapids, oneDNN 3.12: of 512 and more; never of 448 and fewer.)
+SPLIT_SUMS = 449
 
 # By module and not on it: packed tensors can't be copied, models can.
 _PACKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
@@ -60,8 +64,11 @@ class _PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _may(input):
             return super().forward(input)
-        weight, bias = _packed(self, input)
-        return torch.ops.mkldnn._linear_pointwise(input.bfloat16(), weight, bias, "none", [], "")
+        alone = self.in_features >= SPLIT_SUMS and cpu_has_amx()
+        weight, bias = _packed(self, input[:1] if alone else input)
+        parts = input.bfloat16().split(1) if alone else (input.bfloat16(),)
+        out = [torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") for x in parts]
+        return torch.cat(out) if len(out) > 1 else out[0]
 
 
 class _PackedConv2d(nn.Conv2d):

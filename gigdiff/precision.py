@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MIXED_PRECISIONS",
     "autocast_dtype",
+    "cpu_has_amx",
     "cpu_has_bfloat16",
     "embedded_dtype",
     "training_device",
@@ -25,6 +26,14 @@ __all__ = [
 ]
 
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+def cpu_has_amx() -> bool:
+    """Whether the CPU multiplies tiles of bfloat16 (Intel's AMX)."""
+    import torch
+
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
 
 
 def cpu_has_bfloat16() -> bool:

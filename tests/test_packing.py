@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
+from gigdiff import packing
 from gigdiff.packing import _PACKED, pack, unpacked
 from gigdiff.precision import cpu_has_bfloat16
 
@@ -52,6 +53,26 @@ def test_same_bits_in_every_batch_and_after_every_change_of_weights():
     assert torch.equal(draw(packed, 2), draw(plain, 2)) and not torch.equal(draw(packed, 2), before)
     assert torch.equal(draw(copy.deepcopy(packed), 2), draw(plain, 2))
     assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("amx", [True, None], ids=["as with AMX", "this CPU"])
+@pytest.mark.parametrize("places", [20, 80])
+@pytest.mark.parametrize("numbers", [256, 512, 768, 1024])
+def test_long_sums_are_the_same_bits_in_every_batch(
+    numbers: int, places: int, amx: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AMX the sums of a feed-forward network's second layer were split by the batch: other bits, now and then."""
+    if amx is not None:
+        monkeypatch.setattr(packing, "cpu_has_amx", lambda: amx)
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(numbers, 192)), torch.randn(32, places, numbers)
+    plain = copy.deepcopy(layer)
+    pack(layer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        alone = torch.cat([layer(row) for row in x.split(1)])
+        for rows in (2, 3, 4, 8, 32):
+            assert torch.equal(layer(x[:rows]), alone[:rows])
+        torch.testing.assert_close(alone, plain(x), rtol=2e-2, atol=2e-2)
 
 
 def test_an_unpacked_copy_has_torchs_layers_and_the_same_weights():
