@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PerSampleLinear", "rows_stand_alone"]
+__all__ = ["PerSampleLinear", "per_sample", "rows_stand_alone"]
 
 
 class PerSampleLinear(TorchFunctionMode):
@@ -25,11 +25,12 @@ class PerSampleLinear(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.linear:
-            return _per_sample(*args, **(kwargs or {}))
+            return per_sample(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _per_sample(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def per_sample(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's linear layer, one product of the same shape for each of `input`'s (N, ..., in) samples."""
     if input.ndim < 2:
         return F.linear(input, weight, bias)
     rows = input.reshape(len(input), -1, input.shape[-1])

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gigdiff.exactness import per_sample
 from gigdiff.precision import cpu_has_amx, cpu_has_bfloat16
 
 __all__ = ["pack", "state_of", "unpacked"]
 
-# On a CPU with AMX oneDNN splits sums of this many products in ways that depend on the batch: one by one there, so that
-# an image is the same bits in any. (Emerald Rapids, oneDNN 3.12: of 512 and more; never of 448 and fewer.)
+# On a CPU with AMX oneDNN splits sums of this many products in ways that depend on the number of rows: one product a
+# sample there, so that an image is the same bits in any batch. (Emerald Rapids, oneDNN 3.12: of 512 and more; never of
+# 448 and fewer.)
 SPLIT_SUMS = 449
 
 # By module and not on it: packed tensors can't be copied, models can.
@@ -64,11 +66,10 @@ class _PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _may(input):
             return super().forward(input)
-        alone = self.in_features >= SPLIT_SUMS and cpu_has_amx()
-        weight, bias = _packed(self, input[:1] if alone else input)
-        parts = input.bfloat16().split(1) if alone else (input.bfloat16(),)
-        out = [torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") for x in parts]
-        return torch.cat(out) if len(out) > 1 else out[0]
+        weight, bias = _packed(self, input)
+        if _is_split(self, input):
+            return per_sample(input.bfloat16(), weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(input.bfloat16(), weight, bias, "none", [], "")
 
 
 class _PackedConv2d(nn.Conv2d):
@@ -91,6 +92,11 @@ def _may(input: Tensor) -> bool:
     )
 
 
+def _is_split(layer: nn.Module, input: Tensor) -> bool:
+    """Of sequences: one row a sample, as the noise level's, was the same bits in up to 64."""
+    return isinstance(layer, nn.Linear) and layer.in_features >= SPLIT_SUMS and input.dim() > 2 and cpu_has_amx()
+
+
 # The first input's size goes into the layout; others were as fast with it, and without any it was half as fast.
 def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor) -> tuple[Tensor, Tensor | None]:
     state = state_of(p for p in (layer.weight, layer.bias) if p is not None)
@@ -98,7 +104,9 @@ def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor) -> tuple[Tensor, Tensor
     if known is not None and known[0] == state:
         return known[1], known[2]
     weight = layer.weight.detach().bfloat16()
-    if isinstance(layer, nn.Linear):
+    if _is_split(layer, input):
+        packed = weight.t().contiguous().t()  # for a batched product, which takes no packed ones
+    elif isinstance(layer, nn.Linear):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, input.numel() // input.shape[-1])
     else:
         packed = torch.ops.mkldnn._reorder_convolution_weight(
