@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gigdiff.exactness import per_sample
 from gigdiff.precision import cpu_has_amx, cpu_has_bfloat16
 
-__all__ = ["pack", "state_of", "unpacked"]
+__all__ = ["is_rounded", "pack", "state_of", "unpacked"]
 
 # On a CPU with AMX oneDNN splits sums of this many products in ways that depend on the number of rows: one product a
 # sample there, so that an image is the same bits in any batch. (Emerald Rapids, oneDNN 3.12: of 512 and more; never of
@@ -82,14 +82,15 @@ class _PackedConv2d(nn.Conv2d):
         )
 
 
+def is_rounded(input: Tensor) -> bool:
+    """Whether a layer given `input` computes in bfloat16 by autocast, on a CPU."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return autocast and input.device.type == "cpu"
+
+
 def _may(input: Tensor) -> bool:
-    """Drawing on a CPU under bfloat16 autocast: no gradient is wanted."""
-    return (
-        not torch.is_grad_enabled()
-        and input.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
+    """Drawing: no gradient is wanted."""
+    return not torch.is_grad_enabled() and is_rounded(input)
 
 
 def _is_split(layer: nn.Module, input: Tensor) -> bool:
@@ -99,12 +100,13 @@ def _is_split(layer: nn.Module, input: Tensor) -> bool:
 
 # The first input's size goes into the layout; others were as fast with it, and without any it was half as fast.
 def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    state = state_of(p for p in (layer.weight, layer.bias) if p is not None)
+    split = _is_split(layer, input)
+    state = (split, state_of(p for p in (layer.weight, layer.bias) if p is not None))
     known = _PACKED.get(layer)
     if known is not None and known[0] == state:
         return known[1], known[2]
     weight = layer.weight.detach().bfloat16()
-    if _is_split(layer, input):
+    if split:
         packed = weight.t().contiguous().t()  # for a batched product, which takes no packed ones
     elif isinstance(layer, nn.Linear):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, input.numel() // input.shape[-1])

@@ -28,8 +28,6 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_TOKENS = 32  # catalogue names take 10 to 18
 MAX_TOKENS = 77  # CLIP's; for encoders whose own limit is larger (T5: 512) a product prompt needs no more
-
-
 GRAPHED_TEXTS = 16  # at once, on a GPU; more keep it busy without
 
 

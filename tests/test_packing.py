@@ -73,6 +73,10 @@ def test_long_sums_are_the_same_bits_in_every_batch(
         for rows in (2, 3, 4, 8, 32):
             assert torch.equal(layer(x[:rows]), alone[:rows])
         torch.testing.assert_close(alone, plain(x), rtol=2e-2, atol=2e-2)
+        another = copy.deepcopy(plain)
+        pack(another)
+        for other in (x[0], x[:2], x[0]):  # rows first, then sequences: they are packed in different ways
+            torch.testing.assert_close(another(other), plain(other), rtol=2e-2, atol=2e-2)
 
 
 def test_an_unpacked_copy_has_torchs_layers_and_the_same_weights():

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from gigdiff.packing import _packed, _PackedConv2d, state_of
+from gigdiff.packing import _packed, _PackedConv2d, is_rounded, state_of
 from gigdiff.precision import cpu_has_bfloat16
 
 __all__ = ["lighten", "lora_product"]
@@ -119,9 +119,7 @@ class _LoraLinear(LoraLinear):
 
 
 def _trains_in_bfloat16(x: Tensor) -> bool:
-    """With gradients, under bfloat16 autocast, on a CPU."""
-    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return torch.is_grad_enabled() and autocast and x.device.type == "cpu"
+    return torch.is_grad_enabled() and is_rounded(x)
 
 
 class _FrozenGEGLU(GEGLU):
