@@ -26,6 +26,7 @@ from gigdiff.data.captions import compose_captions
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.errors import GigdiffError
 from gigdiff.fit.ema import Ema
+from gigdiff.fit.layers import lighten
 from gigdiff.fit.run import prefetched
 from gigdiff.generators.diffusion import load_unet
 from gigdiff.generators.loading import resolve
@@ -214,6 +215,8 @@ def our_training(args: Namespace) -> Way:
     folder, _ = resolve(args.model)
     about, device = card(folder), torch.device(args.device)
     unet: Any = load_unet(folder / "unet").to(device, memory_format=torch.channels_last).train()
+    if device.type == "cpu":
+        lighten(unet)
     set_attention(unet, "auto", training=True, dtype=embedded_dtype(device))
     vae = load_autoencoder(folder / "vae").to(device, memory_format=torch.channels_last)
     encoder = load_text_encoder(about.get("text_encoder", "minilm"), args.device)

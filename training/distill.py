@@ -45,6 +45,7 @@ from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_t
 from gigdiff.fit.collapse import coarse_frechet
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
+from gigdiff.fit.layers import lighten
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
@@ -312,6 +313,8 @@ def main(argv: list[str] | None = None) -> None:
     # The generator chose for the precision that it draws in; some kernels can't do training's.
     set_attention(teacher, "auto", dtype=autocast_dtype(config.mixed_precision))
     student: UNet2DConditionModel = copy.deepcopy(teacher).requires_grad_(True).train()
+    if device.type == "cpu":
+        lighten(student)
     chosen = set_attention(student, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     # With the guidance term the student stands in for the teacher, in its solver; else it jumps to the end and back.
     jumping = build_scheduler(drawing.scheduler, config.knots)

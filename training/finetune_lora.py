@@ -42,7 +42,7 @@ from gigdiff.fit.checkpoint import (
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.families import Family, denoiser_of, family_of, noised
-from gigdiff.fit.frozen import lighten
+from gigdiff.fit.layers import lighten
 from gigdiff.fit.lora_config import LoraConfig, check
 from gigdiff.fit.lora_data import (
     Batch,

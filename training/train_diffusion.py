@@ -31,6 +31,7 @@ from gigdiff.errors import GigdiffError
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.ema import Ema
+from gigdiff.fit.layers import lighten
 from gigdiff.fit.muon import build_optimizer
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
@@ -291,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.init_from is not None:
         copy_leading(load_unet(config.init_from), unet)
     unet = unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if device.type == "cpu":
+        lighten(unet)
     chosen = set_attention(unet, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     scheduler = build_scheduler()
     table = log_sigmas(scheduler.alphas_cumprod).to(device)

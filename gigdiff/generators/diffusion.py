@@ -30,6 +30,7 @@ from gigdiff.errors import (
 from gigdiff.exactness import PerSampleLinear, rows_stand_alone
 from gigdiff.generators.request import Capabilities, EditStart, GenerationRequest, GenerationResult, validate
 from gigdiff.generators.shared_vae import autoencoder_of
+from gigdiff.group_norm import quicken_group_norms
 from gigdiff.images import to_model, to_pil, to_uint8
 from gigdiff.lora import WEIGHTS_NAME, AdapterSlots, base_hash, fold_file, read_lora
 from gigdiff.models.autoencoder import ProductAutoencoder
@@ -121,6 +122,7 @@ class DiffusionGenerator:
         self.unet: Any = move(unet, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.vae: Any = move(vae, self.device, torch.float32, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            quicken_group_norms(self.unet)
             pack(self.unet)
             pack(self.vae)
         self.scheduler = scheduler

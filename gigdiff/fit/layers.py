@@ -1,7 +1,7 @@
-"""A frozen network with a LoRA in it trains faster: fewer passes over memory than torch's and peft's layers take.
+"""A network trains faster: layers that take fewer passes over memory, or quicker kernels, than torch's and peft's.
 
-`lighten` changes the classes of a network's layers, nothing of what they hold or are named. In evaluation they are what
-they were, so that a picture is the same bits with and without. How much it is worth: docs/lora.md.
+`lighten` changes the classes of a network's layers, nothing of what they hold or are named. When drawing they give the
+bits that `gigdiff.load` draws with. How much it is worth: docs/lora.md and docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,42 +14,52 @@ import torch
 from diffusers.models.activations import GEGLU
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from gigdiff.packing import _packed, _PackedConv2d, is_rounded, state_of
+from gigdiff.group_norm import quicken_group_norms
+from gigdiff.packing import _packed, _PackedConv2d, _PackedLinear, is_rounded, state_of
 from gigdiff.precision import cpu_has_bfloat16
 
 __all__ = ["lighten", "lora_product"]
 
 PACKED_BYTES = 512 * 2**20  # two copies of convolutions' weights, at most
+PATCHED_PLACES = 64  # of an output, up to which a gradient for 3 x 3 weights is quicker as a product with patches
 
 # As in gigdiff.packing: by module and not on it.
 _TURNED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def lighten(model: nn.Module) -> bool:
-    """Let the frozen layers of a network with a LoRA (see `gigdiff.lora.add_adapter`) take fewer passes in training.
+    """Let a network's layers train in fewer or quicker passes: a whole network, or a frozen one with a LoRA in it.
 
-    - LoRA layers are one function, see `lora_product`. Those with dropout or DoRA stay peft's.
+    - LoRA layers (see `gigdiff.lora.add_adapter`) are one function, see `lora_product`. Those with dropout or DoRA stay
+      peft's.
+    - Group norms: see `gigdiff.group_norm`.
     - On a CPU that computes in bfloat16, GEGLU layers (half of a block's feed-forward network) are one function too.
-    - On an x86 CPU that computes in bfloat16, convolutions keep oneDNN's layout of their weights, for both directions,
-      as long as PACKED_BYTES last: oneDNN makes it anew at each call, at low resolutions for as long as the product.
+    - There, if it is an x86 one, frozen convolutions keep oneDNN's layout of their weights, for both directions, as
+      long as PACKED_BYTES last: oneDNN makes it anew at each call, at low resolutions for as long as the product. Those
+      that are trained get their weights' gradient by a plain product where oneDNN's own is slow.
 
     Returns:
-        Whether all convolutions are so, and activations had better lie channels last.
+        Whether all convolutions are frozen and keep that layout: activations had better lie channels last then.
     """
     packs = cpu_has_bfloat16() and platform.machine() in ("x86_64", "AMD64")
     left, every = PACKED_BYTES, packs
+    quicken_group_norms(model)
     for module in model.modules():
         if type(module) is LoraLinear:
             module.__class__ = _LoraLinear
-        elif type(module) is GEGLU and type(module.proj) is nn.Linear:
-            module.__class__ = _FrozenGEGLU
+        elif type(module) is GEGLU and type(module.proj) in (nn.Linear, _PackedLinear):
+            module.__class__ = _Geglu
         elif packs and type(module) in (nn.Conv2d, _PackedConv2d) and module.groups == 1:  # type: ignore[union-attr]
             size = 2 * 2 * module.weight.numel()  # type: ignore[union-attr, operator]
-            if module.padding_mode != "zeros" or isinstance(module.padding, str) or size > left:  # type: ignore[union-attr]
-                every = False
-            else:
+            plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)  # type: ignore[union-attr]
+            frozen = not module.weight.requires_grad  # type: ignore[union-attr]
+            every = every and plain and frozen and size <= left
+            if plain and not frozen:
+                module.__class__ = _TrainedConv2d
+            elif plain and size <= left:
                 left -= size
                 module.__class__ = _FrozenConv2d if type(module) is nn.Conv2d else _FrozenPackedConv2d
     return every and any(isinstance(module, _FrozenConv2d) for module in model.modules())
@@ -76,7 +86,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's linear layer, for rows (N, in), without its first filling the output with copies of the bias."""
     if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(rows, weight, bias)
+    return F.linear(rows, weight, bias)
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -122,15 +132,15 @@ def _trains_in_bfloat16(x: Tensor) -> bool:
     return torch.is_grad_enabled() and is_rounded(x)
 
 
-class _FrozenGEGLU(GEGLU):
+class _Geglu(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _trains_in_bfloat16(hidden_states) or self.proj.weight.requires_grad:
+        if args or kwargs or not _trains_in_bfloat16(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         bias = None if self.proj.bias is None else self.proj.bias.bfloat16()
-        return _Geglu.apply(hidden_states.bfloat16(), self.proj.weight.bfloat16(), bias)
+        return _GegluProduct.apply(hidden_states.bfloat16(), self.proj.weight.bfloat16(), bias)
 
 
-class _Geglu(torch.autograd.Function):
+class _GegluProduct(torch.autograd.Function):
     """h gelu(g), where x W^T + bias = [h, g] (Shazeer 2020, arXiv 2002.05202): the gradient of both halves is written
     into one tensor, where autograd's would be put together from two."""
 
@@ -139,14 +149,14 @@ class _Geglu(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         both = _linear(rows, weight, bias)
         h, g = both.chunk(2, -1)
-        open_gate = torch.nn.functional.gelu(g)
-        ctx.save_for_backward(both, open_gate, weight)
+        open_gate = F.gelu(g)
+        ctx.save_for_backward(rows if weight.requires_grad else None, both, open_gate, weight)
         return (h * open_gate).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        both, open_gate, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        rows, both, open_gate, weight = ctx.saved_tensors
+        if not any(ctx.needs_input_grad):
             return None, None, None
         h, g = both.chunk(2, -1)
         into = torch.empty_like(both)
@@ -154,7 +164,12 @@ class _Geglu(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         torch.mul(flat, open_gate, out=dh)
         torch.ops.aten.gelu_backward.grad_input(flat * h, g, grad_input=dg)
-        return (into @ weight).view(*gradient.shape[:-1], -1), None, None
+        dx, dweight, dbias = ctx.needs_input_grad
+        return (
+            (into @ weight).view(*gradient.shape[:-1], -1) if dx else None,
+            into.t() @ rows if dweight else None,
+            into.sum(0) if dbias else None,
+        )
 
 
 class _FrozenConv2d(nn.Conv2d):
@@ -204,3 +219,55 @@ def _turned(layer: _FrozenConv2d, gradient: Tensor) -> Tensor:
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, layer.padding, (1, 1), (1, 1), 1, gradient.shape)
     _TURNED[layer] = (state, packed)
     return packed
+
+
+class _TrainedConv2d(_PackedConv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        k, trains = self.kernel_size, self.weight.requires_grad and _trains_in_bfloat16(input)
+        if not trains or self.dilation != (1, 1) or k not in ((1, 1), (3, 3)):
+            return super().forward(input)
+        places = input.shape[2] * input.shape[3] // (self.stride[0] * self.stride[1])
+        if k == (3, 3) and places > PATCHED_PLACES:
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return _TrainedConvolution.apply(input.bfloat16(), self.weight.bfloat16(), bias, self.stride, self.padding)
+
+
+class _TrainedConvolution(torch.autograd.Function):
+    """A convolution whose gradient for its weights is one product of the output's gradient and the input's patches.
+
+    oneDNN's kernel for it works on rows of an image, and those of small images fill no vector.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x, weight), dx, dweight = ctx.saved_tensors, None, None
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
+        if ctx.needs_input_grad[0]:
+            dx = conv2d_input(x.shape, weight, gradient, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[1]:
+            patches = _patches(x, weight.shape[-1], ctx.stride, ctx.padding, gradient.shape[2:])
+            o, c, k, _ = weight.shape
+            dweight = (rows.t() @ patches).view(o, k, k, c).permute(0, 3, 1, 2)
+        return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+def _patches(x: Tensor, k: int, stride: tuple[int, int], padding: tuple[int, int], size: torch.Size) -> Tensor:
+    """What an output of `size` (h, w) sees of x (N, C, H, W): (N h w, k k C)."""
+    n, c = x.shape[:2]
+    x = x.permute(0, 2, 3, 1)
+    if any(padding):
+        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    x = x.contiguous()
+    image, row, place, _ = x.stride()
+    strides = (image, stride[0] * row, stride[1] * place, row, place, 1)
+    return x.as_strided((n, *size, k, k, c), strides).reshape(-1, k * k * c)

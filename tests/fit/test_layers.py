@@ -1,4 +1,4 @@
-"""gigdiff.fit.frozen: what peft's and torch's layers compute, in training only, at less cost."""
+"""gigdiff.fit.layers: what peft's and torch's layers compute, in training only, at less cost."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from gigdiff.fit import frozen
-from gigdiff.fit.frozen import lighten, lora_product
+from gigdiff.fit import layers
+from gigdiff.fit.layers import lighten, lora_product
+from gigdiff.group_norm import quicken_group_norms
 from gigdiff.lora import LoraSettings, add_adapter
+from gigdiff.packing import pack
 from gigdiff.precision import cpu_has_bfloat16
 
 in_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not compute in bfloat16")
@@ -75,7 +77,7 @@ def test_a_light_network_trains_as_the_plain_one_in_float32() -> None:
     with_lora(plain)
     light = copy.deepcopy(plain)
     lighten(light)
-    assert sum(isinstance(m, frozen._LoraLinear) for m in light.modules()) > 20
+    assert sum(isinstance(m, layers._LoraLinear) for m in light.modules()) > 20
     ours, theirs = trained(light, torch.float32), trained(plain, torch.float32)
     for a, b in zip(ours[:2], theirs[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -95,9 +97,9 @@ def test_and_in_bfloat16_as_near_to_float32_as_the_plain_one(base: torch.dtype, 
     light = copy.deepcopy(plain)
     assert lighten(light)
     ours, theirs = trained(light, torch.bfloat16, channels_last), trained(plain, torch.bfloat16)
-    assert sum(isinstance(m, frozen._FrozenGEGLU) for m in light.modules()) > 3
-    convolutions = [m for m in light.modules() if isinstance(m, frozen._FrozenConv2d)]
-    assert len(convolutions) > 20 and sum(m in frozen._TURNED for m in convolutions) >= len(convolutions) - 3
+    assert sum(isinstance(m, layers._Geglu) for m in light.modules()) > 3
+    convolutions = [m for m in light.modules() if isinstance(m, layers._FrozenConv2d)]
+    assert len(convolutions) > 20 and sum(m in layers._TURNED for m in convolutions) >= len(convolutions) - 3
     for a, b, c in zip(ours[:2], theirs[:2], exact[:2], strict=True):
         assert error(a, c) < 1.3 * error(b, c) < 0.1
     assert ours[2].keys() == theirs[2].keys()
@@ -109,9 +111,9 @@ def test_the_gate_and_its_gradient_are_autograds_of_the_formula() -> None:
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape, dtype=torch.double) for shape in ((2, 3, 5), (8, 5), (8,)))
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: frozen._Geglu.apply(x, weight, bias), (x,))
+    assert torch.autograd.gradcheck(lambda x: layers._GegluProduct.apply(x, weight, bias), (x,))
     h, g = torch.nn.functional.linear(x, weight, bias).chunk(2, -1)
-    torch.testing.assert_close(frozen._Geglu.apply(x, weight, bias), h * torch.nn.functional.gelu(g))
+    torch.testing.assert_close(layers._GegluProduct.apply(x, weight, bias), h * torch.nn.functional.gelu(g))
 
 
 @in_bfloat16
@@ -172,11 +174,71 @@ def test_what_is_more_than_a_plain_lora_stays_pefts(changes: dict[str, Any]) -> 
 
 
 def test_only_so_much_memory_is_taken_for_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr(frozen.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(frozen, "PACKED_BYTES", 4 * 40_000)
-    light = tiny_unet()
+    monkeypatch.setattr(layers, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(layers.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(layers, "PACKED_BYTES", 4 * 40_000)
+    light = tiny_unet().requires_grad_(False)
     assert not lighten(light)
-    kept = [m for m in light.modules() if isinstance(m, frozen._FrozenConv2d)]
+    kept = [m for m in light.modules() if isinstance(m, layers._FrozenConv2d)]
     assert kept and sum(m.weight.numel() for m in kept) <= 40_000
     assert len(kept) < sum(isinstance(m, nn.Conv2d) for m in light.modules())
+
+
+def whole(model: Any, channels_last: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    model.requires_grad_(True)
+    return trained(model, torch.bfloat16, channels_last)
+
+
+@in_bfloat16
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_whole_network_trains_as_near_to_float32_as_the_plain_one(packed: bool, channels_last: bool) -> None:
+    """Weights in float32, under autocast; `packed`: taken from a generator, as a student is."""
+    plain = tiny_unet().train()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(p.bfloat16())
+    exact = trained(copy.deepcopy(plain), torch.float32)
+    light = copy.deepcopy(plain)
+    if packed:
+        pack(light)
+    assert not lighten(light)
+    assert sum(isinstance(m, layers._TrainedConv2d) for m in light.modules()) > 20
+    assert sum(isinstance(m, layers._Geglu) for m in light.modules()) > 3
+    ours, theirs = whole(light, channels_last), whole(plain, channels_last)
+    for a, b, c in zip(ours[:2], theirs[:2], exact[:2], strict=True):
+        assert error(a, c) < 1.3 * error(b, c) < 0.1
+    assert ours[2].keys() == theirs[2].keys() == exact[2].keys()
+    for name, gradient in ours[2].items():
+        assert gradient.dtype == torch.float32 and gradient.shape == theirs[2][name].shape
+        assert error(gradient, exact[2][name]) < 1.5 * error(theirs[2][name], exact[2][name]) + 2e-3, name
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (3, 1, (0, 1))])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolutions_gradients_are_autograds(kernel: int, stride: int, padding: Any, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, offset = torch.randn(2, 3, 5, 4), torch.randn(4, 3, kernel, kernel), torch.randn(4)
+    given = [t.double().requires_grad_() for t in ((x, weight, offset) if bias else (x, weight))]
+    stride, padding = (stride, stride), padding if isinstance(padding, tuple) else (padding, padding)
+
+    def convolved(x: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
+        return layers._TrainedConvolution.apply(x, weight, offset, stride, padding)
+
+    assert torch.autograd.gradcheck(convolved, given)
+    assert torch.equal(convolved(*given), nn.functional.conv2d(*given, stride=stride, padding=padding))
+
+
+@in_bfloat16
+def test_a_trained_network_draws_the_bits_of_a_packed_one() -> None:
+    """As a preview of training does, against the saved model."""
+    light = tiny_unet().train().to(memory_format=torch.channels_last)
+    lighten(light)
+    whole(light, channels_last=True)
+    saved = tiny_unet().to(memory_format=torch.channels_last)
+    quicken_group_norms(saved)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+        text = torch.randn(2, 5, 24)
+        drawn = [m(z, torch.tensor(300), encoder_hidden_states=text).sample for m in (light.eval(), saved.eval())]
+    assert torch.equal(*drawn)
