@@ -64,22 +64,39 @@ def unpacked(model: nn.Module) -> nn.Module:
 
 class _PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if not _may(input):
-            return super().forward(input)
-        weight, bias = _packed(self, input)
-        if _is_split(self, input):
-            return per_sample(input.bfloat16(), weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(input.bfloat16(), weight, bias, "none", [], "")
+        return _linear(self, input.bfloat16()) if _may(input) else super().forward(input)
 
 
 class _PackedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not _may(input) or isinstance(self.padding, str):
             return super().forward(input)
+        input = input.bfloat16()
+        if _is_linear(self):
+            return _linear(self, input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         weight, bias = _packed(self, input)
         return torch.ops.mkldnn._convolution_pointwise(
-            input.bfloat16(), weight, bias, self.padding, self.stride, self.dilation, 1, "none", [], ""
+            input, weight, bias, self.padding, self.stride, self.dilation, 1, "none", [], ""
         )
+
+
+def _is_linear(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether a layer is, if only at each place, a linear one. A convolution had better not be one to oneDNN: of its
+    layouts for 1 x 1 some fit batches of one and no others, and a weight in the wrong one took 50 times as long."""
+    return (
+        isinstance(layer, nn.Linear)
+        or layer.kernel_size == (1, 1)
+        and layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+    )
+
+
+def _linear(layer: nn.Linear | nn.Conv2d, input: Tensor) -> Tensor:
+    split = _is_split(layer, input)
+    weight, bias = _packed(layer, input, split)
+    if split:
+        return per_sample(input, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
 def is_rounded(input: Tensor) -> bool:
@@ -93,24 +110,27 @@ def _may(input: Tensor) -> bool:
     return not torch.is_grad_enabled() and is_rounded(input)
 
 
-def _is_split(layer: nn.Module, input: Tensor) -> bool:
+def _is_split(layer: nn.Linear | nn.Conv2d, input: Tensor) -> bool:
     """Of sequences: one row a sample, as the noise level's, was the same bits in up to 64."""
-    return isinstance(layer, nn.Linear) and layer.in_features >= SPLIT_SUMS and input.dim() > 2 and cpu_has_amx()
+    return layer.weight.shape[1] >= SPLIT_SUMS and input.dim() > 2 and cpu_has_amx()
 
 
-# The first input's size goes into the layout; others were as fast with it, and without any it was half as fast.
-def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    split = _is_split(layer, input)
+# The first input's size goes into a convolution's layout; others were nearly as fast with it, and without any it was
+# half as fast.
+def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor, split: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The weights, for one product a sample if `split`, and the bias."""
     state = (split, state_of(p for p in (layer.weight, layer.bias) if p is not None))
     known = _PACKED.get(layer)
     if known is not None and known[0] == state:
         return known[1], known[2]
     weight = layer.weight.detach().bfloat16()
     if split:
-        packed = weight.t().contiguous().t()  # for a batched product, which takes no packed ones
-    elif isinstance(layer, nn.Linear):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, input.numel() // input.shape[-1])
+        packed = weight.flatten(1).t().contiguous().t()  # for a batched product, which takes no packed ones
+    elif _is_linear(layer):
+        rows = max(2, input.numel() // layer.weight.shape[1])  # the layout for a single row is slower for many
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), rows)
     else:
+        assert isinstance(layer, nn.Conv2d)
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             weight, layer.padding, layer.stride, layer.dilation, 1, input.shape
         )

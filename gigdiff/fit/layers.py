@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from gigdiff.group_norm import quicken_group_norms
-from gigdiff.packing import _packed, _PackedConv2d, _PackedLinear, is_rounded, state_of
+from gigdiff.packing import _is_linear, _packed, _PackedConv2d, _PackedLinear, is_rounded, state_of
 from gigdiff.precision import cpu_has_bfloat16
 
 __all__ = ["lighten", "lora_product"]
@@ -190,6 +190,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: _FrozenConv2d) -> Tensor:  # type: ignore[override]
         ctx.layer, ctx.shape = layer, x.shape
         weight, bias = _packed(layer, x)
+        if _is_linear(layer):
+            return _at_each_place(x, weight, bias)
         return _convolved(x, weight, bias, layer.padding, layer.stride, layer.dilation)
 
     @staticmethod
@@ -197,12 +199,19 @@ class _Convolution(torch.autograd.Function):
         layer = ctx.layer
         if not ctx.needs_input_grad[0]:
             return None, None
+        if _is_linear(layer):
+            return _at_each_place(gradient, _turned(layer, gradient), None), None
         same = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True))
         if same and layer.stride == (1, 1) and layer.dilation == (1, 1):
-            turned = _turned(layer, gradient)
-            return _convolved(gradient, turned, None, layer.padding, (1, 1), (1, 1)), None
+            return _convolved(gradient, _turned(layer, gradient), None, layer.padding, (1, 1), (1, 1)), None
         weight = layer.weight.detach().bfloat16()
         return conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding, layer.dilation), None
+
+
+def _at_each_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of x (N, C, H, W)'s channels by packed weights."""
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "").permute(0, 3, 1, 2)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any) -> Tensor:
@@ -210,13 +219,17 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, str
 
 
 def _turned(layer: _FrozenConv2d, gradient: Tensor) -> Tensor:
-    """The packed weights (in, out, k, k) of the convolution that takes a gradient back."""
+    """The packed weights (in, out, k, k) of the convolution that takes a gradient back; (in, out) if
+    that is a linear layer at each place."""
     state = state_of([layer.weight])
     known = _TURNED.get(layer)
     if known is not None and known[0] == state:
         return known[1]
     weight = layer.weight.detach().bfloat16().flip(2, 3).transpose(0, 1).contiguous()
-    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, layer.padding, (1, 1), (1, 1), 1, gradient.shape)
+    if _is_linear(layer):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), max(2, gradient[:, 0].numel()))
+    else:
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, layer.padding, (1, 1), (1, 1), 1, gradient.shape)
     _TURNED[layer] = (state, packed)
     return packed
 
