@@ -83,12 +83,9 @@ class _PackedConv2d(nn.Conv2d):
 def _is_linear(layer: nn.Linear | nn.Conv2d) -> bool:
     """Whether a layer is, if only at each place, a linear one. A convolution had better not be one to oneDNN: of its
     layouts for 1 x 1 some fit batches of one and no others, and a weight in the wrong one took 50 times as long."""
-    return (
-        isinstance(layer, nn.Linear)
-        or layer.kernel_size == (1, 1)
-        and layer.stride == (1, 1)
-        and layer.padding == (0, 0)
-    )
+    if isinstance(layer, nn.Linear):
+        return True
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 def _linear(layer: nn.Linear | nn.Conv2d, input: Tensor) -> Tensor:

@@ -18,16 +18,17 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from gigdiff.group_norm import quicken_group_norms
-from gigdiff.packing import _is_linear, _packed, _PackedConv2d, _PackedLinear, is_rounded, state_of
+from gigdiff.packing import _PackedConv2d, _PackedLinear, is_rounded, state_of
 from gigdiff.precision import cpu_has_bfloat16
 
 __all__ = ["lighten", "lora_product"]
 
 PACKED_BYTES = 512 * 2**20  # two copies of convolutions' weights, at most
+FEW_PLACES = 20  # of an image, up to which a 3 x 3 convolution by frozen weights is quicker as a product with patches
 PATCHED_PLACES = 64  # of an output, up to which a gradient for 3 x 3 weights is quicker as a product with patches
 
 # As in gigdiff.packing: by module and not on it.
-_TURNED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = weakref.WeakKeyDictionary()
+_LAID_OUT: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[object, Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def lighten(model: nn.Module) -> bool:
@@ -189,48 +190,60 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _FrozenConv2d) -> Tensor:  # type: ignore[override]
         ctx.layer, ctx.shape = layer, x.shape
-        weight, bias = _packed(layer, x)
-        if _is_linear(layer):
-            return _at_each_place(x, weight, bias)
-        return _convolved(x, weight, bias, layer.padding, layer.stride, layer.dilation)
+        bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+        return _convolved(x, layer, bias, turned=False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
         layer = ctx.layer
         if not ctx.needs_input_grad[0]:
             return None, None
-        if _is_linear(layer):
-            return _at_each_place(gradient, _turned(layer, gradient), None), None
-        same = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True))
-        if same and layer.stride == (1, 1) and layer.dilation == (1, 1):
-            return _convolved(gradient, _turned(layer, gradient), None, layer.padding, (1, 1), (1, 1)), None
+        if _keeps_size(layer):
+            return _convolved(gradient, layer, None, turned=True), None
         weight = layer.weight.detach().bfloat16()
         return conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding, layer.dilation), None
 
 
-def _at_each_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of x (N, C, H, W)'s channels by packed weights."""
-    rows = x.permute(0, 2, 3, 1).contiguous()
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "").permute(0, 3, 1, 2)
+def _keeps_size(layer: nn.Conv2d) -> bool:
+    """Whether the gradient for its input is a convolution with the same settings."""
+    same = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True))  # type: ignore[operator]
+    return same and layer.stride == (1, 1) and layer.dilation == (1, 1)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, 1, "none", [], "")
+def _convolved(x: Tensor, layer: _FrozenConv2d, bias: Tensor | None, turned: bool) -> Tensor:
+    """The layer's convolution of x, or if `turned` that which takes a gradient back.
+
+    Where a kernel is one place, or the image is few, it is a product with what each place sees.
+    """
+    n, _, h, w = x.shape
+    k = layer.kernel_size[0]
+    product = _keeps_size(layer) and layer.kernel_size in ((1, 1), (3, 3)) and (k == 1 or h * w <= FEW_PLACES)
+    weight = _laid_out(layer, x, turned, product)
+    if product:
+        patches = _patches(x, k, (1, 1), (k // 2, k // 2), x.shape[2:])
+        output = torch.ops.mkldnn._linear_pointwise(patches, weight, bias, "none", [], "")
+        return output.view(n, h, w, -1).permute(0, 3, 1, 2)
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, layer.padding, layer.stride, layer.dilation, 1, "none", [], ""
+    )
 
 
-def _turned(layer: _FrozenConv2d, gradient: Tensor) -> Tensor:
-    """The packed weights (in, out, k, k) of the convolution that takes a gradient back; (in, out) if
-    that is a linear layer at each place."""
-    state = state_of([layer.weight])
-    known = _TURNED.get(layer)
-    if known is not None and known[0] == state:
-        return known[1]
-    weight = layer.weight.detach().bfloat16().flip(2, 3).transpose(0, 1).contiguous()
-    if _is_linear(layer):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), max(2, gradient[:, 0].numel()))
+def _laid_out(layer: _FrozenConv2d, x: Tensor, turned: bool, product: bool) -> Tensor:
+    """The layer's weights in oneDNN's layout for inputs like x; if `turned`, in and out have changed places."""
+    known, state = _LAID_OUT.setdefault(layer, {}), (product, state_of([layer.weight]))
+    if turned in known and known[turned][0] == state:
+        return known[turned][1]
+    weight = layer.weight.detach().bfloat16()
+    if turned:
+        weight = weight.flip(2, 3).transpose(0, 1).contiguous()
+    if product:
+        rows = max(2, x[:, 0].numel())  # the layout for a single row is slower for many
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.permute(0, 2, 3, 1).flatten(1).contiguous(), rows)
     else:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, layer.padding, (1, 1), (1, 1), 1, gradient.shape)
-    _TURNED[layer] = (state, packed)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, layer.padding, layer.stride, layer.dilation, 1, x.shape
+        )
+    known[turned] = (state, packed)
     return packed
 
 
