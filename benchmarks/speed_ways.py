@@ -27,7 +27,7 @@ from gigdiff.data.encoded import EncodedProducts
 from gigdiff.errors import GigdiffError
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.layers import lighten
-from gigdiff.fit.run import prefetched
+from gigdiff.fit.run import keep_freed_memory, prefetched
 from gigdiff.generators.diffusion import load_unet
 from gigdiff.generators.loading import resolve
 from gigdiff.generators.request import GenerationRequest
@@ -208,6 +208,8 @@ def our_training(args: Namespace) -> Way:
     training, fused AdamW, EMA, clipping, the device's precision.
     """
     sys.path.insert(0, str(ROOT / "training"))
+    if args.device == "cpu":
+        keep_freed_memory()  # of the process, so that the peer's loop has it too
     from train_diffusion import DiffusionConfig, Velocity, build_scheduler, inputs_of, loss_of, make_batch
 
     from gigdiff.diffusion import log_sigmas

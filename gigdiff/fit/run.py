@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import multiprocessing
@@ -26,6 +27,7 @@ __all__ = [
     "JsonLines",
     "StopSignal",
     "check_finite",
+    "keep_freed_memory",
     "prefetched",
     "start_accelerator",
     "start_cpu_processes",
@@ -138,7 +140,8 @@ class StopSignal:
 
 
 def start_accelerator(mixed_precision: str, report_to: str, out: Path, **options: Any) -> Accelerator:
-    """The run's Accelerator, with a tracker's files (`report_to`, or "none") in `out`; on a CPU it takes all cores.
+    """The run's Accelerator, with a tracker's files (`report_to`, or "none") in `out`; on a CPU it takes all cores and
+    keeps the memory that it has had, see `keep_freed_memory`.
 
     Args:
         options: more of Accelerator's own.
@@ -149,11 +152,33 @@ def start_accelerator(mixed_precision: str, report_to: str, out: Path, **options
         project_config=ProjectConfiguration(str(out)),
         **options,
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     threads = threads_left_idle() if accelerator.device.type == "cpu" else 0
     if threads and accelerator.num_processes == 1:
         torch.set_num_threads(threads)
         print(f"{threads} threads (accelerate launch had left one; OMP_NUM_THREADS=N changes it)", file=sys.stderr)
     return accelerator
+
+
+def keep_freed_memory() -> bool:
+    """Let the next step have what this one frees, if the C library is glibc. The process never shrinks then.
+
+    By itself glibc maps a tensor of 32 MB and more anew each time and gives it back when it is freed; the kernel clears
+    its pages one by one meanwhile, which can take longer than the arithmetic on them (docs/training.md). What the
+    environment says of glibc's allocator goes first.
+
+    Returns:
+        Whether it was done.
+    """
+    chosen = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(n.startswith("MALLOC_") for n in os.environ)
+    if chosen or sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    return library.mallopt(mmap_threshold, 2**30) == 1 and library.mallopt(trim_threshold, 2**31 - 1) == 1
 
 
 def threads_left_idle() -> int:

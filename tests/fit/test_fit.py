@@ -320,3 +320,26 @@ def test_accelerate_launch_leaves_no_core_idle_unless_asked_to(tmp_path, words, 
         capture_output=True, text=True, env=environment, check=True,
     )  # fmt: skip
     assert int(done.stdout) == (expected or psutil.cpu_count(logical=False))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "33554432"}, False)])
+def test_memory_is_kept_from_step_to_step_unless_the_environment_says_otherwise(environment, kept) -> None:
+    script = """
+import resource, torch
+from gigdiff.fit.run import keep_freed_memory
+torch.set_num_threads(1)
+print(int(keep_freed_memory()))
+for _ in range(3):
+    torch.empty(48 * 2**20, dtype=torch.uint8).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.empty(48 * 2**20, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    words = [sys.executable, "-c", script]
+    run = subprocess.run(words, env=plain | environment, capture_output=True, text=True, check=True)
+    done, faults = map(int, run.stdout.split())
+    assert bool(done) == kept
+    assert (faults < 100) == kept  # of 122,880 pages, or 240 of 2 MB
