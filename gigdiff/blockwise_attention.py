@@ -1,9 +1,9 @@
-"""softmax(q k^T) v for training on a CPU: torch's matrix products, a thousand queries of two heads at a time.
+"""softmax(q k^T) v for training on a CPU: torch's matrix products, a thousand queries of a few heads at a time.
 
 torch's own kernel for CPUs (SDPA) works on small tiles, whose products in bfloat16 run at a third of what the cores
-give. Here a tile is 1,024 queries by all keys, of a head for each of two cores. As there, the backward pass computes
-the probabilities again. Where they take little memory, all heads are one batched product and probabilities are kept.
-How much that is worth: docs/lora.md.
+give; on a CPU with AMX only its backward pass does, and its forward pass is taken. Here a tile is 1,024 queries by all
+keys, of some heads. As there, the backward pass computes the probabilities again. Where they take little memory, all
+heads are one batched product and probabilities are kept. How much that is worth: docs/lora.md.
 
 With P = softmax(S), S = q k^T / sqrt(d), O = P v and the gradient dO (FlashAttention, Dao et al. 2022, arXiv
 2205.14135, appendix B.2): dv = P^T dO, dP = dO v^T, dS = P (dP - sum over keys of P dP), dq = dS k / sqrt(d),
@@ -12,6 +12,7 @@ dk = dS^T q / sqrt(d).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gigdiff.precision import cpu_has_amx
+
 __all__ = ["Blockwise", "blockwise_attention"]
 
-QUERIES, HEADS = 1024, 2  # a tile; with halves of either it was slower, with twice as much as fast or slower
-KEPT_BYTES = 64 * 2**20  # probabilities of a layer that are kept; up to
+QUERIES = 1024  # of a tile; with fewer it was slower
+HEADS, HEADS_AMX = 2, 4  # with fewer it was slower, with more as fast or slower
+KEPT_BYTES, KEPT_BYTES_AMX = 64 * 2**20, 16 * 2**20  # probabilities of a layer that are kept; up to
 KEPT_SCORES = 2**19  # queries x keys of a head, such as to a prompt's 77 tokens, they are in any case
 
 
@@ -41,24 +45,31 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     leading, scale = q.shape[:-2], q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
     scores_of_head = q.shape[1] * k.shape[1]
-    if scores_of_head <= KEPT_SCORES or len(q) * scores_of_head * q.element_size() <= KEPT_BYTES:
+    amx = q.dtype == torch.bfloat16 and q.shape[2] == v.shape[2] and cpu_has_amx()
+    kept = KEPT_BYTES_AMX if amx else KEPT_BYTES
+    if scores_of_head <= KEPT_SCORES or len(q) * scores_of_head * q.element_size() <= kept:
         scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
         output = torch.bmm(scores.softmax(-1), v)
     else:
-        output = _Tiles.apply(q, k, v, scale)
+        output = _Tiles.apply(q, k, v, scale, amx)
     return output.view(*leading, *output.shape[1:])
 
 
 class _Tiles(torch.autograd.Function):
-    """The same over tiles; q (R, N, d), k and v (R, M, d)."""
+    """The same over tiles; q (R, N, d), k and v (R, M, d). With `amx` torch's kernel goes forward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
-        buffers = q.new_empty(2, HEADS * min(QUERIES, q.shape[1]) * k.shape[1])
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, amx: bool) -> Tensor:
+        ctx.scale, ctx.heads = scale, HEADS_AMX if amx else HEADS
+        if amx:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            output, logs = kernel(q[None], k[None], v[None], scale=scale)
+            ctx.save_for_backward(q, k, v, logs[0])
+            return output[0]
+        ctx.save_for_backward(q, k, v, None)
+        buffers = q.new_empty(2, ctx.heads * min(QUERIES, q.shape[1]) * k.shape[1])
         output = torch.empty_like(q)
-        for heads in _tiles(len(q), HEADS):
+        for heads in _tiles(len(q), ctx.heads):
             for tile in _tiles(q.shape[1], QUERIES):
                 scores, p = _as_scores(buffers, heads, tile, k)
                 _softmax_into(p, scores, q[heads, tile], k[heads], scale)
@@ -66,26 +77,41 @@ class _Tiles(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        q, k, v, logs = ctx.saved_tensors
         gradient = gradient.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        buffers = q.new_empty(3, HEADS * min(QUERIES, q.shape[1]) * k.shape[1])
-        for heads in _tiles(len(q), HEADS):
+        buffers = q.new_empty(2, ctx.heads * min(QUERIES, q.shape[1]) * k.shape[1])
+        if logs is not None:
+            q_less, k_less = _with_logs(q, k, logs / ctx.scale)
+        for heads in _tiles(len(q), ctx.heads):
             # Transposed once a head: a product that transposes its tile takes half as long again. In float32: sums over
             # tiles would lose bits in bfloat16.
             q_t, gradient_t = (x[heads].transpose(1, 2).contiguous() for x in (q, gradient))
             dk_t, dv_t = (torch.zeros_like(x[heads].transpose(1, 2), dtype=torch.float32) for x in (k, v))
             for tile in _tiles(q.shape[1], QUERIES):
-                ds, p, dp = _as_scores(buffers, heads, tile, k)
-                _softmax_into(p, ds, q[heads, tile], k[heads], ctx.scale)
+                ds, p = _as_scores(buffers, heads, tile, k)
+                if logs is None:
+                    _softmax_into(p, ds, q[heads, tile], k[heads], ctx.scale)
+                else:
+                    _scores_into(p, q_less[heads, tile], k_less[heads], ctx.scale * math.log2(math.e)).exp2_()
                 dv_t += torch.bmm(gradient_t[..., tile], p)
-                torch.bmm(gradient[heads, tile], v[heads].transpose(1, 2), out=dp)
-                torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=ds)
+                torch.bmm(gradient[heads, tile], v[heads].transpose(1, 2), out=ds)  # dP
+                torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
                 dq[heads, tile] = torch.bmm(ds, k[heads]).mul_(ctx.scale)
                 dk_t += torch.bmm(q_t[..., tile], ds)
             dk[heads], dv[heads] = dk_t.transpose(1, 2) * ctx.scale, dv_t.transpose(1, 2)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
+
+
+def _with_logs(q: Tensor, k: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k with two numbers more, so that their products are less by logs (R, N).
+
+    Subtracted within the product, which sums in float32; from rounded scores it would leave probabilities a bit less.
+    """
+    high = logs.to(q.dtype)
+    low = (logs - high).to(q.dtype)
+    return torch.cat([q, high[..., None], low[..., None]], -1), torch.cat([k, k.new_full((*k.shape[:-1], 2), -1)], -1)
 
 
 def _tiles(places: int, size: int) -> list[slice]:
@@ -100,8 +126,11 @@ def _as_scores(buffers: Tensor, heads: slice, tile: slice, k: Tensor) -> Tensor:
 
 def _softmax_into(p: Tensor, scores: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
     """softmax(q k^T scale) into p, by way of scores."""
-    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
-    torch.softmax(scores, -1, out=p)
+    torch.softmax(_scores_into(scores, q, k, scale), -1, out=p)
+
+
+def _scores_into(scores: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
 
 
 class Blockwise:

@@ -19,6 +19,7 @@ SHAPES = [((1, 3), 2500, 300, 8), ((2, 1), 1024, 700, 40), ((2, 3), 50, 77, 16)]
 def little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the first two shapes take tiles."""
     monkeypatch.setattr(module, "KEPT_BYTES", 2**20)
+    monkeypatch.setattr(module, "KEPT_BYTES_AMX", 2**20)
 
 
 def inputs(shape: tuple, dtype: torch.dtype) -> list[Tensor]:
@@ -51,8 +52,10 @@ def test_float32_is_sdpa_in_float64(shape: tuple, scale: float | None) -> None:
         assert relative(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("amx", [True, False], ids=["as with AMX", "as without"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16_is_as_near_as_plain_attention(shape: tuple) -> None:
+def test_bfloat16_is_as_near_as_plain_attention(shape: tuple, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cpu_has_amx", lambda: amx)
     tensors = inputs(shape, torch.bfloat16)
     weight = torch.randn_like(tensors[0])
 
