@@ -111,3 +111,20 @@ def test_training_and_float32_go_their_own_way():
         unet(z, torch.tensor(3), encoder_hidden_states=text).sample.float().square().mean().backward()
     assert not packed_layers(unet)
     assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+def test_a_1_x_1_convolution_is_laid_out_for_every_batch():
+    """oneDNN's layout for a convolution may fit batches of one and no others: with the wrong one it took 50 times as
+    long. A linear layer's is the same for both, and gives the same bits."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(192, 192, 1).to(memory_format=torch.channels_last)
+    after_two, after_one = copy.deepcopy(plain), copy.deepcopy(plain)
+    x = torch.randn(2, 192, 10, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for layer, first in ((after_two, x), (after_one, x[:1])):
+            pack(layer)
+            layer(first)
+            assert _PACKED[layer][1].dim() == 2
+            for given in (x, x.contiguous(memory_format=torch.channels_last), x[:1]):
+                drawn = layer(given)
+                assert torch.equal(drawn, plain(given)) and drawn.is_contiguous(memory_format=torch.channels_last)
