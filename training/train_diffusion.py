@@ -292,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.init_from is not None:
         copy_leading(load_unet(config.init_from), unet)
     unet = unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if device.type == "cpu":
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO  # what was asked of Accelerate goes first
+    if device.type == "cpu" and not compiles:
         lighten(unet)
     chosen = set_attention(unet, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     scheduler = build_scheduler()
@@ -337,7 +338,6 @@ def main(argv: list[str] | None = None) -> None:
         return make_batch(train, positions_of_step(step, config.train_batch_size, process, processes), config, length)
 
     recorded = None
-    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO  # what was asked of Accelerate goes first
     records = config.cuda_graphs and device.type == "cuda" and processes == 1 and not compiles
     if records and first_step < config.max_train_steps:
         example = inputs_of(load(first_step).to(device), table)

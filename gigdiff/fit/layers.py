@@ -151,7 +151,7 @@ class _GegluProduct(torch.autograd.Function):
         both = _linear(rows, weight, bias)
         h, g = both.chunk(2, -1)
         open_gate = F.gelu(g)
-        ctx.save_for_backward(rows if weight.requires_grad else None, both, open_gate, weight)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, both, open_gate, weight)
         return (h * open_gate).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -213,7 +213,7 @@ def _keeps_size(layer: nn.Conv2d) -> bool:
 def _convolved(x: Tensor, layer: _FrozenConv2d, bias: Tensor | None, turned: bool) -> Tensor:
     """The layer's convolution of x, or if `turned` that which takes a gradient back.
 
-    Where a kernel is one place, or the image is few, it is a product with what each place sees.
+    Where the kernel is one place, or the image few, it is a product with what each place sees.
     """
     n, _, h, w = x.shape
     k = layer.kernel_size[0]
