@@ -204,8 +204,8 @@ def our_training(args: Namespace) -> Way:
     """The steps of training/train_diffusion.py with its defaults on the same UNet, photos and batch.
 
     Latents and embeddings come from the cache (it is filled while building, outside the time), the next batch is made
-    in a thread; on a GPU the UNet's passes are CUDA graphs; channels_last, gigdiff's attention for
-    training, fused AdamW, EMA, clipping, the device's precision.
+    in a thread; on a GPU the UNet's passes are CUDA graphs; channels_last, gigdiff's attention and
+    layers for training, fused AdamW, EMA, clipping, the device's precision.
     """
     sys.path.insert(0, str(ROOT / "training"))
     if args.device == "cpu":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gigdiff.exactness import per_sample
 from gigdiff.precision import cpu_has_amx, cpu_has_bfloat16
 
-__all__ = ["is_rounded", "pack", "state_of", "unpacked"]
+__all__ = ["can_pack", "is_rounded", "pack", "state_of", "unpacked"]
 
 # On a CPU with AMX oneDNN splits sums of this many products in ways that depend on the number of rows: one product a
 # sample there, so that an image is the same bits in any batch. (Emerald Rapids, oneDNN 3.12: of 512 and more; never of
@@ -29,13 +29,18 @@ SPLIT_SUMS = 449
 _PACKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
 
 
+def can_pack() -> bool:
+    """Whether this CPU's kernels take packed weights: bfloat16 instructions, and x86, where they were tried."""
+    return cpu_has_bfloat16() and platform.machine() in ("x86_64", "AMD64")
+
+
 def pack(model: nn.Module) -> None:
     """Let the model's linear layers and convolutions use packed weights wherever they may, see `_may`.
 
     What they hold, save and are named stays as it is. A weight that was changed or replaced is packed anew. Nothing
     happens on a CPU without bfloat16 instructions, or other than x86: oneDNN's layouts were tried there only.
     """
-    if not (cpu_has_bfloat16() and platform.machine() in ("x86_64", "AMD64")):
+    if not can_pack():
         return
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -74,10 +79,7 @@ class _PackedConv2d(nn.Conv2d):
         input = input.bfloat16()
         if _is_linear(self):
             return _linear(self, input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        weight, bias = _packed(self, input)
-        return torch.ops.mkldnn._convolution_pointwise(
-            input, weight, bias, self.padding, self.stride, self.dilation, 1, "none", [], ""
-        )
+        return _convolution(self, input, *_packed(self, input))
 
 
 def _is_linear(layer: nn.Linear | nn.Conv2d) -> bool:
@@ -112,8 +114,26 @@ def _is_split(layer: nn.Linear | nn.Conv2d, input: Tensor) -> bool:
     return layer.weight.shape[1] >= SPLIT_SUMS and input.dim() > 2 and cpu_has_amx()
 
 
+def _convolution(layer: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution with the layer's settings by packed weights."""
+    return torch.ops.mkldnn._convolution_pointwise(
+        input, weight, bias, layer.padding, layer.stride, layer.dilation, 1, "none", [], ""
+    )
+
+
 # The first input's size goes into a convolution's layout; others were nearly as fast with it, and without any it was
 # half as fast.
+def _convolution_layout(layer: nn.Conv2d, weight: Tensor, input: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, layer.padding, layer.stride, layer.dilation, 1, input.shape
+    )
+
+
+def _linear_layout(weight: Tensor, rows: int) -> Tensor:
+    # That for a single row is slower for many.
+    return torch.ops.mkldnn._reorder_linear_weight(weight, max(2, rows))
+
+
 def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor, split: bool = False) -> tuple[Tensor, Tensor | None]:
     """The weights, for one product a sample if `split`, and the bias."""
     state = (split, state_of(p for p in (layer.weight, layer.bias) if p is not None))
@@ -124,13 +144,10 @@ def _packed(layer: nn.Linear | nn.Conv2d, input: Tensor, split: bool = False) ->
     if split:
         packed = weight.flatten(1).t().contiguous().t()  # for a batched product, which takes no packed ones
     elif _is_linear(layer):
-        rows = max(2, input.numel() // layer.weight.shape[1])  # the layout for a single row is slower for many
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), rows)
+        packed = _linear_layout(weight.flatten(1), input.numel() // layer.weight.shape[1])
     else:
         assert isinstance(layer, nn.Conv2d)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, layer.padding, layer.stride, layer.dilation, 1, input.shape
-        )
+        packed = _convolution_layout(layer, weight, input)
     bias = None if layer.bias is None else layer.bias.detach().bfloat16()
     _PACKED[layer] = (state, packed, bias)
     return packed, bias

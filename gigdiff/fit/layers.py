@@ -6,7 +6,6 @@ bits that `gigdiff.load` draws with. How much it is worth: docs/lora.md and docs
 
 from __future__ import annotations
 
-import platform
 import weakref
 from typing import Any
 
@@ -18,8 +17,16 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from gigdiff.group_norm import quicken_group_norms
-from gigdiff.packing import _PackedConv2d, _PackedLinear, is_rounded, state_of
-from gigdiff.precision import cpu_has_bfloat16
+from gigdiff.packing import (
+    _convolution,
+    _convolution_layout,
+    _linear_layout,
+    _PackedConv2d,
+    _PackedLinear,
+    can_pack,
+    is_rounded,
+    state_of,
+)
 
 __all__ = ["lighten", "lora_product"]
 
@@ -45,7 +52,7 @@ def lighten(model: nn.Module) -> bool:
     Returns:
         Whether all convolutions are frozen and keep that layout: activations had better lie channels last then.
     """
-    packs = cpu_has_bfloat16() and platform.machine() in ("x86_64", "AMD64")
+    packs = can_pack()
     left, every = PACKED_BYTES, packs
     quicken_group_norms(model)
     for module in model.modules():
@@ -221,11 +228,8 @@ def _convolved(x: Tensor, layer: _FrozenConv2d, bias: Tensor | None, turned: boo
     weight = _laid_out(layer, x, turned, product)
     if product:
         patches = _patches(x, k, (1, 1), (k // 2, k // 2), x.shape[2:])
-        output = torch.ops.mkldnn._linear_pointwise(patches, weight, bias, "none", [], "")
-        return output.view(n, h, w, -1).permute(0, 3, 1, 2)
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, layer.padding, layer.stride, layer.dilation, 1, "none", [], ""
-    )
+        return _linear(patches, weight, bias).view(n, h, w, -1).permute(0, 3, 1, 2)
+    return _convolution(layer, x, weight, bias)
 
 
 def _laid_out(layer: _FrozenConv2d, x: Tensor, turned: bool, product: bool) -> Tensor:
@@ -237,12 +241,9 @@ def _laid_out(layer: _FrozenConv2d, x: Tensor, turned: bool, product: bool) -> T
     if turned:
         weight = weight.flip(2, 3).transpose(0, 1).contiguous()
     if product:
-        rows = max(2, x[:, 0].numel())  # the layout for a single row is slower for many
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.permute(0, 2, 3, 1).flatten(1).contiguous(), rows)
+        packed = _linear_layout(weight.permute(0, 2, 3, 1).flatten(1).contiguous(), x[:, 0].numel())
     else:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, layer.padding, layer.stride, layer.dilation, 1, x.shape
-        )
+        packed = _convolution_layout(layer, weight, x)
     known[turned] = (state, packed)
     return packed
 
