@@ -6,36 +6,24 @@ bits that `gigdiff.load` draws with. How much it is worth: docs/lora.md and docs
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
+from gigdiff.fit.convolutions import FrozenConv2d, FrozenPackedConv2d, TrainedConv2d, linear, trains_in_bfloat16
 from gigdiff.group_norm import quicken_group_norms
-from gigdiff.packing import (
-    _convolution,
-    _convolution_layout,
-    _linear_layout,
-    _PackedConv2d,
-    _PackedLinear,
-    can_pack,
-    is_rounded,
-    state_of,
-)
+from gigdiff.packing import _PackedConv2d, _PackedLinear, can_pack
 
 __all__ = ["lighten", "lora_product"]
 
 PACKED_BYTES = 512 * 2**20  # two copies of convolutions' weights, at most
-FEW_PLACES = 20  # of an image, up to which a 3 x 3 convolution by frozen weights is quicker as a product with patches
-PATCHED_PLACES = 64  # of an output, up to which a gradient for 3 x 3 weights is quicker as a product with patches
-
-# As in gigdiff.packing: by module and not on it.
-_LAID_OUT: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[object, Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def lighten(model: nn.Module) -> bool:
@@ -44,7 +32,9 @@ def lighten(model: nn.Module) -> bool:
     - LoRA layers (see `gigdiff.lora.add_adapter`) are one function, see `lora_product`. Those with dropout or DoRA stay
       peft's.
     - Group norms: see `gigdiff.group_norm`.
-    - On a CPU that computes in bfloat16, GEGLU layers (half of a block's feed-forward network) are one function too.
+    - On a CPU that computes in bfloat16, GEGLU layers (half of a block's feed-forward network) are one function too,
+      and so is plain attention (`--attention math`) with its three projections, unless they have a LoRA. Blocks of a
+      UNet leave activations channels last, where diffusers' own turn them twice.
     - There, if it is an x86 one, frozen convolutions keep oneDNN's layout of their weights, for both directions, as
       long as PACKED_BYTES last: oneDNN makes it anew at each call, at low resolutions for as long as the product. Those
       that are trained get their weights' gradient by a plain product where oneDNN's own is slow.
@@ -60,17 +50,23 @@ def lighten(model: nn.Module) -> bool:
             module.__class__ = _LoraLinear
         elif type(module) is GEGLU and type(module.proj) in (nn.Linear, _PackedLinear):
             module.__class__ = _Geglu
+        elif type(module) is Attention:
+            module.__class__ = _Attention
+        elif type(module) is ResnetBlock2D:
+            module.__class__ = _ResnetBlock2D
+        elif type(module) is Transformer2DModel:
+            module.__class__ = _Transformer2DModel
         elif packs and type(module) in (nn.Conv2d, _PackedConv2d) and module.groups == 1:  # type: ignore[union-attr]
             size = 2 * 2 * module.weight.numel()  # type: ignore[union-attr, operator]
             plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)  # type: ignore[union-attr]
             frozen = not module.weight.requires_grad  # type: ignore[union-attr]
             every = every and plain and frozen and size <= left
             if plain and not frozen:
-                module.__class__ = _TrainedConv2d
+                module.__class__ = TrainedConv2d
             elif plain and size <= left:
                 left -= size
-                module.__class__ = _FrozenConv2d if type(module) is nn.Conv2d else _FrozenPackedConv2d
-    return every and any(isinstance(module, _FrozenConv2d) for module in model.modules())
+                module.__class__ = FrozenConv2d if type(module) is nn.Conv2d else FrozenPackedConv2d
+    return every and any(isinstance(module, FrozenConv2d) for module in model.modules())
 
 
 def lora_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -90,13 +86,6 @@ def lora_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     return _LoraProduct.apply(x, weight, bias, a, b, scale)
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's linear layer, for rows (N, in), without its first filling the output with copies of the bias."""
-    if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return F.linear(rows, weight, bias)
-
-
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -105,7 +94,7 @@ class _LoraProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         down, up = a.to(x.dtype), (b * scale).to(x.dtype)
         low = rows @ down.t()
-        output = _linear(rows, weight, bias).addmm_(low, up.t())
+        output = linear(rows, weight, bias).addmm_(low, up.t())
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scale, ctx.dtype = scale, a.dtype
         return output.view(*x.shape[:-1], -1)
@@ -136,165 +125,166 @@ class _LoraLinear(LoraLinear):
         return lora_product(x.to(dtype), base.weight.to(dtype), bias, a.weight, b.weight, self.scaling[name])
 
 
-def _trains_in_bfloat16(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and is_rounded(x)
-
-
 class _Geglu(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _trains_in_bfloat16(hidden_states):
+        if args or kwargs or not trains_in_bfloat16(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         bias = None if self.proj.bias is None else self.proj.bias.bfloat16()
         return _GegluProduct.apply(hidden_states.bfloat16(), self.proj.weight.bfloat16(), bias)
 
 
 class _GegluProduct(torch.autograd.Function):
-    """h gelu(g), where x W^T + bias = [h, g] (Shazeer 2020, arXiv 2002.05202): the gradient of both halves is written
-    into one tensor, where autograd's would be put together from two."""
+    """h gelu(g), where x W^T + bias = [h, g] (Shazeer 2020, arXiv 2002.05202).
+
+    Two products, each with a half of W: what goes over halves of the rows of one result is twice as slow on a CPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         rows = x.reshape(-1, x.shape[-1])
-        both = _linear(rows, weight, bias)
-        h, g = both.chunk(2, -1)
+        (to_h, to_g), biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+        h, g = linear(rows, to_h, biases[0]), linear(rows, to_g, biases[1])
         open_gate = F.gelu(g)
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, both, open_gate, weight)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, h, g, open_gate, weight)
         return (h * open_gate).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
-        rows, both, open_gate, weight = ctx.saved_tensors
-        if not any(ctx.needs_input_grad):
-            return None, None, None
-        h, g = both.chunk(2, -1)
-        into = torch.empty_like(both)
-        dh, dg = into.chunk(2, -1)
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        torch.mul(flat, open_gate, out=dh)
-        torch.ops.aten.gelu_backward.grad_input(flat * h, g, grad_input=dg)
-        dx, dweight, dbias = ctx.needs_input_grad
-        return (
-            (into @ weight).view(*gradient.shape[:-1], -1) if dx else None,
-            into.t() @ rows if dweight else None,
-            into.sum(0) if dbias else None,
+        rows, h, g, open_gate, weight = ctx.saved_tensors
+        flat, (to_h, to_g), dx, dweight, dbias = (
+            gradient.reshape(-1, gradient.shape[-1]),
+            weight.chunk(2),
+            None,
+            None,
+            None,
         )
+        dh = flat * open_gate
+        dg = torch.ops.aten.gelu_backward(flat * h, g)
+        if ctx.needs_input_grad[0]:
+            dx = (dh @ to_h).addmm_(dg, to_g).view(*gradient.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.cat([dh.t() @ rows, dg.t() @ rows])
+        if ctx.needs_input_grad[2]:
+            dbias = torch.cat([dh.sum(0), dg.sum(0)])
+        return dx, dweight, dbias
 
 
-class _FrozenConv2d(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        if not _trains_in_bfloat16(input) or self.weight.requires_grad:
-            return super().forward(input)
-        return _Convolution.apply(input.bfloat16(), self)
+class _Attention(Attention):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if kwargs or attention_mask is not None or not self._is_plain(hidden_states):
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        text = None if encoder_hidden_states is None else encoder_hidden_states.bfloat16()
+        weights = [layer.weight.bfloat16() for layer in (self.to_q, self.to_k, self.to_v)]
+        attended = _AttentionProduct.apply(hidden_states.bfloat16(), text, *weights, self.heads, self.scale)
+        return self.to_out[1](self.to_out[0](attended))
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether AttnProcessor, which is to be the processor, would only project, attend and project."""
+        more = self.spatial_norm, self.group_norm, self.norm_q, self.norm_k, self.norm_cross, self.added_kv_proj_dim
+        layers = self.to_q, self.to_k, self.to_v
+        return (
+            type(self.processor) is AttnProcessor and trains_in_bfloat16(x) and x.dim() == 3
+            and all(part is None for part in more) and not self.residual_connection and self.rescale_output_factor == 1
+            and not self.upcast_attention and not self.upcast_softmax
+            and all(type(layer) in (nn.Linear, _PackedLinear) and layer.bias is None for layer in layers)
+            and len({layer.out_features for layer in layers}) == 1
+        )  # fmt: skip
 
 
-class _FrozenPackedConv2d(_FrozenConv2d, _PackedConv2d):
-    """Of a network that draws by packed weights, which it goes on doing."""
+class _AttentionProduct(torch.autograd.Function):
+    """softmax(s q k^T) v of each head; q = x Wq^T, k = t Wk^T, v = t Wv^T, and t is the text, or x if that is None.
 
-
-class _Convolution(torch.autograd.Function):
-    """A convolution by packed weights whose gradient for its input is one too: of the weights turned round."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: _FrozenConv2d) -> Tensor:  # type: ignore[override]
-        ctx.layer, ctx.shape = layer, x.shape
-        bias = None if layer.bias is None else layer.bias.detach().bfloat16()
-        return _convolved(x, layer, bias, turned=False)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        layer = ctx.layer
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        if _keeps_size(layer):
-            return _convolved(gradient, layer, None, turned=True), None
-        weight = layer.weight.detach().bfloat16()
-        return conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding, layer.dilation), None
-
-
-def _keeps_size(layer: nn.Conv2d) -> bool:
-    """Whether the gradient for its input is a convolution with the same settings."""
-    same = all(2 * p == k - 1 for p, k in zip(layer.padding, layer.kernel_size, strict=True))  # type: ignore[operator]
-    return same and layer.stride == (1, 1) and layer.dilation == (1, 1)
-
-
-def _convolved(x: Tensor, layer: _FrozenConv2d, bias: Tensor | None, turned: bool) -> Tensor:
-    """The layer's convolution of x, or if `turned` that which takes a gradient back.
-
-    Where the kernel is one place, or the image few, it is a product with what each place sees.
-    """
-    n, _, h, w = x.shape
-    k = layer.kernel_size[0]
-    product = _keeps_size(layer) and layer.kernel_size in ((1, 1), (3, 3)) and (k == 1 or h * w <= FEW_PLACES)
-    weight = _laid_out(layer, x, turned, product)
-    if product:
-        patches = _patches(x, k, (1, 1), (k // 2, k // 2), x.shape[2:])
-        return _linear(patches, weight, bias).view(n, h, w, -1).permute(0, 3, 1, 2)
-    return _convolution(layer, x, weight, bias)
-
-
-def _laid_out(layer: _FrozenConv2d, x: Tensor, turned: bool, product: bool) -> Tensor:
-    """The layer's weights in oneDNN's layout for inputs like x; if `turned`, in and out have changed places."""
-    known, state = _LAID_OUT.setdefault(layer, {}), (product, state_of([layer.weight]))
-    if turned in known and known[turned][0] == state:
-        return known[turned][1]
-    weight = layer.weight.detach().bfloat16()
-    if turned:
-        weight = weight.flip(2, 3).transpose(0, 1).contiguous()
-    if product:
-        packed = _linear_layout(weight.permute(0, 2, 3, 1).flatten(1).contiguous(), x[:, 0].numel())
-    else:
-        packed = _convolution_layout(layer, weight, x)
-    known[turned] = (state, packed)
-    return packed
-
-
-class _TrainedConv2d(_PackedConv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        k, trains = self.kernel_size, self.weight.requires_grad and _trains_in_bfloat16(input)
-        if not trains or self.dilation != (1, 1) or k not in ((1, 1), (3, 3)):
-            return super().forward(input)
-        places = input.shape[2] * input.shape[3] // (self.stride[0] * self.stride[1])
-        if k == (3, 3) and places > PATCHED_PLACES:
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.bfloat16()
-        return _TrainedConvolution.apply(input.bfloat16(), self.weight.bfloat16(), bias, self.stride, self.padding)
-
-
-class _TrainedConvolution(torch.autograd.Function):
-    """A convolution whose gradient for its weights is one product of the output's gradient and the input's patches.
-
-    oneDNN's kernel for it works on rows of an image, and those of small images fill no vector.
+    Projections of the same rows are one product, and their heads are laid out together; for the gradients (see
+    `gigdiff.blockwise_attention`) likewise. x (N, L, C), t (N, M, D) -> (N, L, heads d), in bfloat16.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+        ctx: Any, x: Tensor, text: Tensor | None, to_q: Tensor, to_k: Tensor, to_v: Tensor, heads: int, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
+        if text is None:
+            q, k, v = _heads(x, (to_q, to_k, to_v), heads)
+        else:
+            (q,), (k, v) = _heads(x, (to_q,), heads), _heads(text, (to_k, to_v), heads)
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        p = scores.softmax(-1)
+        output = torch.bmm(p, v).view(len(x), heads, *q.shape[1:])
+        ctx.save_for_backward(x, text, to_q, to_k, to_v, q, k, v, p)
+        ctx.heads, ctx.scale = heads, scale
+        return output.transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (x, weight), dx, dweight = ctx.saved_tensors, None, None
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
-        if ctx.needs_input_grad[0]:
-            dx = conv2d_input(x.shape, weight, gradient, ctx.stride, ctx.padding)
-        if ctx.needs_input_grad[1]:
-            patches = _patches(x, weight.shape[-1], ctx.stride, ctx.padding, gradient.shape[2:])
-            o, c, k, _ = weight.shape
-            dweight = (rows.t() @ patches).view(o, k, k, c).permute(0, 3, 1, 2)
-        return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        x, text, to_q, to_k, to_v, q, k, v, p = ctx.saved_tensors
+        gradient = gradient.unflatten(2, (ctx.heads, -1)).transpose(1, 2).reshape(q.shape)
+        # Together where one product takes them back: for q, k and v, or for q alone and k and v.
+        into = [q.new_empty(3, *q.shape)] if text is None else [q.new_empty(1, *q.shape), q.new_empty(2, *k.shape)]
+        dq, dk, dv = (part for together in into for part in together)
+        torch.bmm(p.transpose(1, 2), gradient, out=dv)
+        ds = torch._softmax_backward_data(torch.bmm(gradient, v.transpose(1, 2)), p, -1, p.dtype)
+        torch.baddbmm(dq, ds, k, beta=0, alpha=ctx.scale, out=dq)
+        torch.baddbmm(dk, ds.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=dk)
+        needs_x, needs_text, *needs_weights = ctx.needs_input_grad[:5]
+        if text is None:
+            dx, dweights = _from_heads(into[0], x, (to_q, to_k, to_v), needs_x, any(needs_weights))
+            return dx, None, *dweights, None, None
+        dx, dweight = _from_heads(into[0], x, (to_q,), needs_x, needs_weights[0])
+        dtext, dweights = _from_heads(into[1], text, (to_k, to_v), needs_text, any(needs_weights[1:]))
+        return dx, dtext, *dweight, *dweights, None, None
 
 
-def _patches(x: Tensor, k: int, stride: tuple[int, int], padding: tuple[int, int], size: torch.Size) -> Tensor:
-    """What an output of `size` (h, w) sees of x (N, C, H, W): (N h w, k k C)."""
-    n, c = x.shape[:2]
-    x = x.permute(0, 2, 3, 1)
-    if any(padding):
-        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    x = x.contiguous()
-    image, row, place, _ = x.stride()
-    strides = (image, stride[0] * row, stride[1] * place, row, place, 1)
-    return x.as_strided((n, *size, k, k, c), strides).reshape(-1, k * k * c)
+def _heads(x: Tensor, weights: tuple[Tensor, ...], heads: int) -> Tensor:
+    """Each weight's projection of x (N, L, C), heads first: (weights, N heads, L, d)."""
+    n, length, _ = x.shape
+    projected = x.reshape(n * length, -1) @ torch.cat(weights).t()
+    apart = projected.view(n, length, len(weights), heads, -1).permute(2, 0, 3, 1, 4)
+    return apart.reshape(len(weights), n * heads, length, -1)
+
+
+def _from_heads(
+    gradient: Tensor, x: Tensor, weights: tuple[Tensor, ...], needs_x: bool, needs_weights: bool
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """`_heads` backwards: the gradients for x and for each of the weights."""
+    n, length, _ = x.shape
+    apart = gradient.view(len(weights), n, -1, length, gradient.shape[-1])
+    rows = apart.permute(1, 3, 0, 2, 4).reshape(n * length, -1)
+    dx = (rows @ torch.cat(weights)).view(x.shape) if needs_x else None
+    none = (None,) * len(weights)
+    return dx, (rows.t() @ x.reshape(n * length, -1)).chunk(len(weights)) if needs_weights else none
+
+
+class _ResnetBlock2D(ResnetBlock2D):
+    """diffusers' lays the shortcut's input out channels first in training, and divides by a factor of 1."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
+        plain = plain and not self.skip_time_act and self.output_scale_factor == 1
+        if args or kwargs or not plain or not trains_in_bfloat16(input_tensor):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        if temb is not None and self.time_emb_proj is not None:
+            x = x + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        x = self.conv2(self.dropout(self.nonlinearity(self.norm2(x))))
+        return x + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+
+
+class _Transformer2DModel(Transformer2DModel):
+    """diffusers' lays the output out channels first."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if not trains_in_bfloat16(residual):
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        as_image = hidden_states.reshape(batch_size, height, width, inner_dim)
+        if self.use_linear_projection:
+            return self.proj_out(as_image).permute(0, 3, 1, 2) + residual
+        return self.proj_out(as_image.permute(0, 3, 1, 2)) + residual

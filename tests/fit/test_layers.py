@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from gigdiff.fit import layers
+from gigdiff.attention import set_attention
+from gigdiff.fit import convolutions, layers
 from gigdiff.fit.layers import lighten, lora_product
 from gigdiff.group_norm import quicken_group_norms
 from gigdiff.lora import LoraSettings, add_adapter
@@ -98,9 +99,9 @@ def test_and_in_bfloat16_as_near_to_float32_as_the_plain_one(base: torch.dtype, 
     assert lighten(light)
     ours, theirs = trained(light, torch.bfloat16, channels_last), trained(plain, torch.bfloat16)
     assert sum(isinstance(m, layers._Geglu) for m in light.modules()) > 3
-    convolutions = [m for m in light.modules() if isinstance(m, layers._FrozenConv2d)]
-    both_ways = [m for m in convolutions if len(layers._LAID_OUT.get(m, {})) == 2]
-    assert len(convolutions) > 20 and len(both_ways) >= len(convolutions) - 3
+    frozen = [m for m in light.modules() if isinstance(m, convolutions.FrozenConv2d)]
+    both_ways = [m for m in frozen if len(convolutions._LAID_OUT.get(m, {})) == 2]
+    assert len(frozen) > 20 and len(both_ways) >= len(frozen) - 3
     for a, b, c in zip(ours[:2], theirs[:2], exact[:2], strict=True):
         assert error(a, c) < 1.3 * error(b, c) < 0.1
     assert ours[2].keys() == theirs[2].keys()
@@ -108,13 +109,45 @@ def test_and_in_bfloat16_as_near_to_float32_as_the_plain_one(base: torch.dtype, 
     assert total[0] < 1.3 * total[1] < 0.2
 
 
-def test_the_gate_and_its_gradient_are_autograds_of_the_formula() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gate_and_its_gradients_are_autograds_of_the_formula(bias: bool) -> None:
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, dtype=torch.double) for shape in ((2, 3, 5), (8, 5), (8,)))
-    x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: layers._GegluProduct.apply(x, weight, bias), (x,))
-    h, g = torch.nn.functional.linear(x, weight, bias).chunk(2, -1)
-    torch.testing.assert_close(layers._GegluProduct.apply(x, weight, bias), h * torch.nn.functional.gelu(g))
+    given = [torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((2, 3, 5), (8, 5), (8,))]
+
+    def gate(x: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
+        return layers._GegluProduct.apply(x, weight, offset)
+
+    given = given[: 3 if bias else 2]
+    assert torch.autograd.gradcheck(gate, given)
+    h, g = nn.functional.linear(*given).chunk(2, -1)
+    torch.testing.assert_close(gate(*given), h * nn.functional.gelu(g))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_attention_and_its_gradients_are_autograds_of_the_formula(text: bool) -> None:
+    """Of unlike lengths and widths, so that nothing fits in another's place."""
+    torch.manual_seed(0)
+    shapes = ((2, 5, 7), (2, 3, 4), (6, 7), (6, 4), (6, 4)) if text else ((2, 5, 7), (6, 7), (6, 7), (6, 7))
+    given = [torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+
+    def attended(x: Tensor, *rest: Tensor) -> Tensor:
+        return layers._AttentionProduct.apply(x, *(rest if text else (None, *rest)), 3, 0.6)
+
+    assert torch.autograd.gradcheck(attended, given)
+    x, to_q, to_k, to_v = given[0], *given[-3:]
+    t = given[1] if text else x
+    q, k, v = (nn.functional.linear(a, w).unflatten(2, (3, 2)) for a, w in ((x, to_q), (t, to_k), (t, to_v)))
+    p = torch.einsum("nlhd,nmhd->nhlm", q, k).mul(0.6).softmax(-1)
+    torch.testing.assert_close(attended(*given), torch.einsum("nhlm,nmhd->nlhd", p, v).flatten(2))
+
+
+def test_a_frozen_attentions_gradient_is_for_its_input_alone() -> None:
+    torch.manual_seed(0)
+    x, text, *weights = (torch.randn(*s) for s in ((2, 5, 8), (2, 3, 4), (6, 8), (6, 4), (6, 4)))
+    for t in (x, text):
+        t.requires_grad_()
+    layers._AttentionProduct.apply(x, text, *weights, 2, 0.5).sum().backward()
+    assert x.grad is not None and text.grad is not None and all(w.grad is None for w in weights)
 
 
 @in_bfloat16
@@ -179,7 +212,7 @@ def test_only_so_much_memory_is_taken_for_convolutions(monkeypatch: pytest.Monke
     monkeypatch.setattr(layers, "PACKED_BYTES", 4 * 40_000)
     light = tiny_unet().requires_grad_(False)
     assert not lighten(light)
-    kept = [m for m in light.modules() if isinstance(m, layers._FrozenConv2d)]
+    kept = [m for m in light.modules() if isinstance(m, convolutions.FrozenConv2d)]
     assert kept and sum(m.weight.numel() for m in kept) <= 40_000
     assert len(kept) < sum(isinstance(m, nn.Conv2d) for m in light.modules())
 
@@ -192,9 +225,13 @@ def whole(model: Any, channels_last: bool) -> tuple[Tensor, Tensor, dict[str, Te
 @in_bfloat16
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_whole_network_trains_as_near_to_float32_as_the_plain_one(packed: bool, channels_last: bool) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "math"])
+def test_a_whole_network_trains_as_near_to_float32_as_the_plain_one(
+    attention: str, packed: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights in float32, under autocast; `packed`: taken from a generator, as a student is."""
     plain = tiny_unet().train()
+    set_attention(plain, attention, training=True, dtype=torch.bfloat16)
     with torch.no_grad():
         for p in plain.parameters():
             p.copy_(p.bfloat16())
@@ -203,27 +240,37 @@ def test_a_whole_network_trains_as_near_to_float32_as_the_plain_one(packed: bool
     if packed:
         pack(light)
     assert not lighten(light)
-    assert sum(isinstance(m, layers._TrainedConv2d) for m in light.modules()) > 20
+    assert sum(isinstance(m, convolutions.TrainedConv2d) for m in light.modules()) > 20
     assert sum(isinstance(m, layers._Geglu) for m in light.modules()) > 3
+    attentions: list[Tensor] = []
+    monkeypatch.setattr(layers, "_heads", lambda x, *rest, heads=layers._heads: attentions.append(x) or heads(x, *rest))
     ours, theirs = whole(light, channels_last), whole(plain, channels_last)
+    assert len(attentions) == (3 * 7 if attention == "math" else 0)  # of each block: x, and x and text
     for a, b, c in zip(ours[:2], theirs[:2], exact[:2], strict=True):
         assert error(a, c) < 1.3 * error(b, c) < 0.1
     assert ours[2].keys() == theirs[2].keys() == exact[2].keys()
+    ratios = []
     for name, gradient in ours[2].items():
         assert gradient.dtype == torch.float32 and gradient.shape == theirs[2][name].shape
-        assert error(gradient, exact[2][name]) < 1.5 * error(theirs[2][name], exact[2][name]) + 2e-3, name
+        a, b = (error(g, exact[2][name]) for g in (gradient, theirs[2][name]))
+        ratios.append(a / b)
+        assert a < 2.5 * b + 2e-3, name  # few numbers each: by chance alone 0.5 to 1.9 times
+    assert 0.8 < sorted(ratios)[len(ratios) // 2] < 1.1
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (3, 1, (0, 1))])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_convolutions_gradients_are_autograds(kernel: int, stride: int, padding: Any, bias: bool) -> None:
+@pytest.mark.parametrize("channels", [4, 2])  # more and fewer than come in
+def test_a_convolutions_gradients_are_autograds(
+    kernel: int, stride: int, padding: Any, bias: bool, channels: int
+) -> None:
     torch.manual_seed(0)
-    x, weight, offset = torch.randn(2, 3, 5, 4), torch.randn(4, 3, kernel, kernel), torch.randn(4)
+    x, weight, offset = torch.randn(2, 3, 5, 4), torch.randn(channels, 3, kernel, kernel), torch.randn(channels)
     given = [t.double().requires_grad_() for t in ((x, weight, offset) if bias else (x, weight))]
     stride, padding = (stride, stride), padding if isinstance(padding, tuple) else (padding, padding)
 
     def convolved(x: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
-        return layers._TrainedConvolution.apply(x, weight, offset, stride, padding)
+        return convolutions._TrainedConvolution.apply(x, weight, offset, stride, padding)
 
     assert torch.autograd.gradcheck(convolved, given)
     assert torch.equal(convolved(*given), nn.functional.conv2d(*given, stride=stride, padding=padding))
