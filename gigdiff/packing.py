@@ -7,6 +7,7 @@ time, which tells at batch 1. oneDNN's packed form gives the same bits (a test).
 from __future__ import annotations
 
 import copy
+import functools
 import platform
 import weakref
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gigdiff.exactness import per_sample
 from gigdiff.precision import cpu_has_amx, cpu_has_bfloat16
@@ -51,8 +54,21 @@ def pack(model: nn.Module) -> None:
 
 def state_of(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Another list after any change of the weights, to tell by whether a copy of them is still true."""
+    _count_fused_steps()
     # In-place changes count the version up; peft's merging puts another tensor behind `data`, which does not.
     return [(p.data_ptr(), p._version) for p in weights]
+
+
+@functools.cache
+def _count_fused_steps() -> None:
+    """From now on let fused optimizers count the version of what they change up, as others do (torch 2.13)."""
+
+    def count(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version(group["params"])
+
+    register_optimizer_step_post_hook(count)
 
 
 def unpacked(model: nn.Module) -> nn.Module:

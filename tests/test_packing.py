@@ -128,3 +128,22 @@ def test_a_1_x_1_convolution_is_laid_out_for_every_batch():
             for given in (x, x.contiguous(memory_format=torch.channels_last), x[:1]):
                 drawn = layer(given)
                 assert torch.equal(drawn, plain(given)) and drawn.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_that_an_optimizer_changed_are_packed_anew(fused: bool) -> None:
+    """A fused optimizer changes them without counting their versions up: a network went on drawing with its first."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (16, 1, 1)), nn.Conv2d(16, 8, 3, padding=1))
+    pack(layer)
+    optimizer, x = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused), torch.randn(4, 16)
+
+    def drawn(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    before = drawn(layer)
+    layer(x).square().mean().backward()
+    optimizer.step()
+    after = drawn(layer)
+    assert not torch.equal(after, before) and torch.equal(after, drawn(copy.deepcopy(layer)))

@@ -17,6 +17,10 @@ is the target. Without a guidance term the student is saved with diffusers' LCMS
 the `--adversarial_knots` noisiest knots is judged against the photo by a discriminator that looks through frozen
 features of the teacher's UNet, the one of train_gan.py with `--discriminator diffusion`.
 
+`--distribution_weight`: distribution matching (Yin et al. 2023, arXiv 2311.18828; `gigdiff.fit.distribution`).
+What the student draws is noised, and moved by what the guided teacher and a network that knows the student's drawings
+say of it differently. At the noisiest knot the student then starts from noise alone, as in drawing.
+
 The student draws at guidance 1.
 """
 
@@ -44,6 +48,7 @@ from gigdiff.fit.adversary import Adversary, AdversarySettings, Chances, diffusi
 from gigdiff.fit.checkpoint import find_checkpoint, optimizer_tensors, restore_training, save_checkpoint
 from gigdiff.fit.collapse import coarse_frechet
 from gigdiff.fit.config import as_yaml, parse_config
+from gigdiff.fit.distribution import DistributionMatching, NoiseDraws
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.layers import lighten
 from gigdiff.fit.order import positions_of_step, samples_at
@@ -51,11 +56,13 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
-from gigdiff.fit.teacher import Teacher, velocity_of
+from gigdiff.fit.teacher import Teacher, fellow_model, velocity_of
 from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
 from gigdiff.generators.loading import load
 from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.precision import autocast_dtype, training_precision
+
+TERMS = ("guidance", "consistency", "adversarial", "distribution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,7 @@ class DistillConfig:
 
     Args:
         teacher: the model to distil: an embedded model's name or a folder of train_diffusion.py (v-prediction).
+        student: the model whose UNet the student starts as; none = the teacher.
         train_data_dir: folder of photos (imagefolder or Parquet); or use dataset_name.
         dataset_name: hub id of a dataset.
         train_split: split to train on.
@@ -77,6 +85,10 @@ class DistillConfig:
         adversarial_weight: weight of the discriminator's judgement; 0 is off.
         adversarial_knots: how many knots it judges, the noisiest first; half the photos are at these then, the other
             half at the others. By default all.
+        distribution_weight: weight of distribution matching; 0 is off.
+        distribution_updates: of the network that knows the student's drawings, a step.
+        distribution_warmup_steps: so many steps at first it learns alone, and the student stays as it is.
+        distribution_learning_rate: its own peak; it has no warm-up, so that it is ahead of the student.
         discriminator_widths: channels of the discriminator's levels, coarsest first.
         discriminator_blocks: residual blocks of each.
         discriminator_learning_rate: peak of the discriminator's schedule, which has no warm-up.
@@ -116,6 +128,7 @@ class DistillConfig:
     """
 
     teacher: str = "mini"
+    student: str | None = None
     train_data_dir: str | None = None
     dataset_name: str | None = None
     train_split: str = "train"
@@ -128,6 +141,10 @@ class DistillConfig:
     consistency_weight: float = 1.0
     adversarial_weight: float = 0.0
     adversarial_knots: int | None = None
+    distribution_weight: float = 0.0
+    distribution_updates: int = 5
+    distribution_warmup_steps: int = 50
+    distribution_learning_rate: float = 1e-4
     discriminator_widths: tuple[int, ...] = (192, 192)
     discriminator_blocks: tuple[int, ...] = (1, 1)
     discriminator_learning_rate: float = 3e-4
@@ -227,9 +244,11 @@ class Distillation:
         v = velocity_of(student, z, self.timesteps[knot], condition)
         return clean_from_velocity(z, v, self.levels[knot])
 
-    def noisy(self, batch: Batch) -> torch.Tensor:
-        """The batch's photos at their knots, (N, C, h, w)."""
-        return add_noise(batch.latents, batch.noise, self.levels[batch.knot])
+    def noisy(self, batch: Batch, from_noise: bool = False) -> torch.Tensor:
+        """The batch's photos at their knots, (N, C, h, w); `from_noise`: nothing of them is left at the noisiest."""
+        z = add_noise(batch.latents, batch.noise, self.levels[batch.knot])
+        noisiest = (batch.knot == len(self.levels) - 1).view(-1, *[1] * (z.ndim - 1))
+        return torch.where(noisiest, batch.noise, z) if from_noise else z
 
     def guidance_loss(self, made: torch.Tensor, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N,): squared error of `made`, the student's clean ends from `z`, to the guided teacher's, as velocities."""
@@ -278,8 +297,11 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(DistillConfig, __doc__.splitlines()[0], argv)  # type: ignore[union-attr]
     if config.knots % config.num_inference_steps:
         raise InputError(f"--num_inference_steps {config.num_inference_steps} must divide --knots {config.knots}")
-    if max(config.guidance_weight, config.consistency_weight, config.adversarial_weight) <= 0:
-        raise InputError("--guidance_weight, --consistency_weight and --adversarial_weight are all 0: nothing to learn")
+    terms = [name for name in TERMS if getattr(config, f"{name}_weight") > 0]
+    if not terms:
+        raise InputError(f"{', '.join(f'--{name}_weight' for name in TERMS)} are all 0: nothing to learn")
+    if config.distribution_weight > 0 and config.distribution_updates < 1:
+        raise InputError(f"--distribution_updates {config.distribution_updates}: at least 1, 5 in the paper")
     judged = config.adversarial_knots
     if judged is not None and not (config.adversarial_weight > 0 and 0 < judged < config.knots):
         raise InputError(
@@ -312,13 +334,17 @@ def main(argv: list[str] | None = None) -> None:
     teacher = drawing.unet.requires_grad_(False)
     # The generator chose for the precision that it draws in; some kernels can't do training's.
     set_attention(teacher, "auto", dtype=autocast_dtype(config.mixed_precision))
-    student: UNet2DConditionModel = copy.deepcopy(teacher).requires_grad_(True).train()
+    start = teacher if config.student is None else fellow_model("--student", config.student, vae, "--teacher").unet
+    if start.config["block_out_channels"] != teacher.config["block_out_channels"]:
+        raise ModelMismatchError(f"--student {config.student} is a UNet of other sizes than --teacher {config.teacher}")
+    student: UNet2DConditionModel = copy.deepcopy(start).to(device).requires_grad_(True).train()
     if device.type == "cpu":
         lighten(student)
     chosen = set_attention(student, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
-    # With the guidance term the student stands in for the teacher, in its solver; else it jumps to the end and back.
+    # With the guidance term the student stands in for the teacher, in its solver; else it jumps to the end and back,
+    # which from a single knot is what a solver does too.
     jumping = build_scheduler(drawing.scheduler, config.knots)
-    scheduler = drawing.scheduler if config.guidance_weight > 0 else jumping
+    scheduler = drawing.scheduler if config.guidance_weight > 0 or config.knots == 1 else jumping
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
     table = log_sigmas(jumping.alphas_cumprod).to(device)
     task = Distillation(Teacher(teacher, train.conditions([None], length).to(device), scale, table), timesteps)
@@ -342,6 +368,17 @@ def main(argv: list[str] | None = None) -> None:
             text_dim=encoder.dim,
             accelerator=accelerator,
         )
+    matching = None
+    if config.distribution_weight > 0:
+        matching = DistributionMatching(
+            task.teacher,
+            updates=config.distribution_updates,
+            beta2=config.adam_beta2,
+            max_grad_norm=config.max_grad_norm,
+            attention=config.attention,
+            mixed_precision=config.mixed_precision,
+            accelerator=accelerator,
+        )
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:
@@ -350,9 +387,17 @@ def main(argv: list[str] | None = None) -> None:
             if "discriminator" not in tensors:
                 raise ModelMismatchError(f"{checkpoint} has no discriminator: it was made with --adversarial_weight 0")
             adversary.load(tensors)
+        if matching is not None:
+            if "fake_unet" not in tensors:
+                raise ModelMismatchError(
+                    f"{checkpoint} has no network of the student's drawings: it was made with --distribution_weight 0"
+                )
+            matching.load(tensors)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     if adversary is not None:
         adversary.prepare()
+    if matching is not None:
+        matching.prepare()
 
     stop = StopSignal().install()
     if main_process:
@@ -392,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
         photos, each channel as it shows."""
         student.eval()
         with ema.applied_to(student), accelerator.autocast():
-            z = task.noisy(fixed)
+            z = task.noisy(fixed, matching is not None)
             loss = regression(task.clean(student, z, fixed.knot, fixed.condition), z, fixed)
             noisiest = torch.full_like(fixed.knot, config.knots)
             made = task.clean(student, fixed.noise, noisiest, fixed.condition)
@@ -426,18 +471,24 @@ def main(argv: list[str] | None = None) -> None:
         }
         if adversary is not None:
             tensors |= adversary.tensors()
+        if matching is not None:
+            tensors |= matching.tensors()
         state = {"ema_updates": ema.updates, "config": dataclasses.asdict(config)}
         save_checkpoint(out, step, tensors, state, limit=config.checkpoints_total_limit)
 
-    def load_batch(step: int) -> tuple[Batch, torch.Tensor, Chances | None]:
-        """A batch, the indices of what the discriminator judges of it, and its chances."""
+    def load_batch(step: int) -> tuple[Batch, torch.Tensor, Chances | None, NoiseDraws | None]:
+        """A batch, the indices of what the discriminator judges of it, and the chances of the terms that have some."""
         positions = positions_of_step(step, config.train_batch_size, process, processes)
         batch = make_batch(train, positions, config, length)
         chosen = (batch.knot > config.knots - (judged or config.knots)).nonzero()[:, 0]
-        if adversary is None:
-            return batch, chosen, None
-        at = [positions[i] for i in chosen.tolist()]
-        return batch, chosen, adversary.chances(at, step, batch.latents.shape[1:], batch.condition[chosen])
+        chances = draws = None
+        if adversary is not None:
+            at = [positions[i] for i in chosen.tolist()]
+            chances = adversary.chances(at, step, batch.latents.shape[1:], batch.condition[chosen])
+        if matching is not None:
+            shape, count = batch.latents.shape, len(task.teacher.table)
+            draws = NoiseDraws.of(step, process, config.distribution_updates, shape, count, config.seed)
+        return batch, chosen, chances, draws
 
     def rate_at(step: int, peak: float, warmup_steps: int) -> float:
         return learning_rate(
@@ -450,13 +501,13 @@ def main(argv: list[str] | None = None) -> None:
 
     started, images_done = time.monotonic(), 0
     steps = range(first_step, config.max_train_steps)
-    for step, (batch, chosen, chances) in prefetched(steps, load_batch, workers=config.dataloader_num_workers):
+    for step, (batch, chosen, chances, draws) in prefetched(steps, load_batch, workers=config.dataloader_num_workers):
         rate = rate_at(step, config.learning_rate, config.lr_warmup_steps)
         set_learning_rate(optimizer, rate)
         batch = batch.to(device)
         values: dict[str, float] = {}
         with accelerator.autocast():
-            z = task.noisy(batch)
+            z = task.noisy(batch, matching is not None)
             made = task.clean(wrapped, z, batch.knot, batch.condition)
             loss = regression(made, z, batch)
         if adversary is not None and chances is not None:
@@ -469,12 +520,19 @@ def main(argv: list[str] | None = None) -> None:
             fooled, more = adversary.judge(looks, condition, chances)
             values |= more
             loss = loss + config.adversarial_weight * fooled
+        if matching is not None and draws is not None:
+            draws = draws.to(device)
+            values |= matching.learn(made, batch.condition, draws, rate_at(step, config.distribution_learning_rate, 0))
+            matched = matching.loss(made, batch.condition, draws).mean()
+            values["matching_loss"] = matched.item()
+            loss = loss + config.distribution_weight * matched
         check_finite(loss.item(), step, rate)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-        optimizer.step()
+        if matching is None or step >= config.distribution_warmup_steps:
+            optimizer.step()
+            ema.update(student)
         optimizer.zero_grad()
-        ema.update(student)
         images_done += len(batch.latents) * processes
 
         done = step + 1
@@ -507,7 +565,7 @@ def main(argv: list[str] | None = None) -> None:
                 "guidance_scale": 1.0,
                 "guidance_interval": [0.0, None],
                 "distilled_from": config.teacher,
-                "baked_guidance": scale if config.guidance_weight + config.consistency_weight > 0 else 1.0,
+                "baked_guidance": scale if terms != ["adversarial"] else 1.0,
                 "latent_space": latent_space_of(vae),
                 "parameters": sum(p.numel() for m in (student, vae) for p in m.parameters()),
                 "trained_steps": config.max_train_steps,

@@ -101,17 +101,72 @@ def test_a_killed_adversarial_run_resumes_bit_for_bit(
     assert helpers.same_checkpoints(run / f"checkpoint-{STEPS}", killed / f"checkpoint-{STEPS}", parts)
 
 
+@pytest.fixture(scope="module")
+def matched(
+    whole: tuple[Path, Path], tiny_model: Path, catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """(flags, run folder) of an uninterrupted run of distribution matching, from another student's UNet."""
+    more = (
+        "--distribution_weight", "1", "--consistency_weight", "0", "--knots", "1", "--num_inference_steps", "1",
+        "--student", str(whole[1] / "model"), "--distribution_updates", "2", "--distribution_warmup_steps", "10",
+        "--distribution_learning_rate", "1e-3",
+    )  # fmt: skip
+    run = tmp_path_factory.mktemp("matched")
+    helpers.run("distill.py", *flags(tiny_model, catalogue, whole[0], run), *more)
+    return list(more), run
+
+
+def test_matching_moves_the_student_from_where_it_was_told_to_start(
+    matched: tuple[list[str], Path], whole: tuple[Path, Path]
+) -> None:
+    run = matched[1]
+    measured = [line["validation_distance"] for line in helpers.logged(run, ("validation_distance",)) if len(line) > 1]
+    assert measured[0] == measured[1] != measured[-1]  # after 5 and 10 steps it has not moved, the network has
+    losses = [line["fake_loss"] for line in helpers.logged(run, ("fake_loss",))]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    card = json.loads((run / "model" / "gigdiff.json").read_text())
+    assert (card["num_inference_steps"], card["baked_guidance"]) == (1, 2.0)
+    ours, start = (gigdiff.load(m).unet.state_dict() for m in (run / "model", whole[1] / "model"))  # type: ignore[attr-defined]
+    moved = max((ours[name] - start[name]).abs().max().item() for name in ours)
+    assert 0 < moved < 40 * 3e-4  # by no more than Adam takes a weight in so many steps
+
+
+def test_a_killed_run_of_matching_resumes_bit_for_bit(
+    matched: tuple[list[str], Path], whole: tuple[Path, Path], tiny_model: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    more, run = matched
+    killed, keys = tmp_path / "killed", (*KEYS, "fake_loss", "matching_loss", "validation_distance")
+    helpers.killed_and_resumed("distill.py", *flags(tiny_model, catalogue, whole[0], killed), *more, out=killed)
+    assert helpers.logged(killed, keys) == helpers.logged(run, keys)
+    parts = ("unet", "ema", "optimizer", "fake_unet", "fake_optimizer")
+    assert helpers.same_checkpoints(run / f"checkpoint-{STEPS}", killed / f"checkpoint-{STEPS}", parts)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--adversarial_weight", "1", "--resume_from_checkpoint", "RUN/checkpoint-40"), "has no discriminator"),
+        (
+            ("--distribution_weight", "1", "--resume_from_checkpoint", "RUN/checkpoint-40"),
+            "no network of the student's",
+        ),
+        (("--distribution_weight", "1", "--distribution_updates", "0"), "at least 1"),
+        (("--student", "mini-turbo"), "draws other latents than --teacher gives"),
         (("--consistency_weight", "0"), "all 0"),
         (("--adversarial_weight", "1", "--adversarial_knots", "4"), "from 1 to below --knots 4"),
         (("--adversarial_knots", "1"), "needs --adversarial_weight above 0"),
     ],
-    ids=["resume without one", "nothing to learn", "all knots by number", "knots for nobody"],
+    ids=[
+        "resume without one",
+        "resume without a network",
+        "no updates",
+        "another's latents",
+        "nothing to learn",
+        "all knots by number",
+        "knots for nobody",
+    ],
 )
-def test_what_a_discriminator_needs_is_said(
+def test_what_a_term_needs_is_said(
     more: tuple[str, ...], message: str, whole: tuple[Path, Path], tiny_model: Path, catalogue: Path, tmp_path: Path
 ) -> None:
     more = tuple(word.replace("RUN", str(whole[1])) for word in more)
