@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from gigdiff.diffusion import add_noise, alpha_beta
-from gigdiff.fit.distribution import LEVELS, NoiseDraws, matching_loss
+from gigdiff.diffusion import add_noise, alpha_beta, log_sigmas
+from gigdiff.fit.distribution import LEVELS, DistributionMatching, NoiseDraws, matching_loss
+from gigdiff.fit.teacher import Teacher
 
 
 def test_the_gradient_is_the_difference_of_the_estimates_over_how_far_the_teacher_is_off() -> None:
@@ -55,3 +58,27 @@ def test_a_steps_chances_are_its_own() -> None:
     assert first.timesteps.min() >= low and first.timesteps.max() < high and first.timesteps.float().std() > 250
     assert torch.equal(draws(5).noise, first.noise) and torch.equal(draws(5).timesteps, first.timesteps)
     assert not torch.equal(draws(6).noise, first.noise) and not torch.equal(draws(5, 1).noise, first.noise)
+
+
+def test_the_network_learns_the_drawings_and_the_teacher_stays() -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 16), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=12, attention_head_dim=2, norm_num_groups=4,
+    ).requires_grad_(False)  # fmt: skip
+    before = {name: p.clone() for name, p in unet.state_dict().items()}
+    teacher = Teacher(unet, torch.randn(1, 5, 12), 1.0, log_sigmas(DDPMScheduler().alphas_cumprod))
+    matching = DistributionMatching(
+        teacher, updates=3, beta2=0.99, max_grad_norm=1.0, attention="sdpa", mixed_precision="no",
+        accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    matching.prepare()
+    made, condition = (0.3 * torch.randn(8, 3, 8, 8) + 1).requires_grad_(), torch.randn(8, 5, 12)
+    draws = NoiseDraws.of(0, 0, 3, made.shape, 1000, seed=0)
+    assert matching.loss(made, condition, draws).max() < 1e-6  # as yet it is the teacher, who is not guided
+    losses = [matching.learn(made, condition, draws, 3e-3)["fake_loss"] for _ in range(12)]
+    assert losses[-1] < 0.7 * losses[0]
+    matching.loss(made, condition, draws).sum().backward()
+    assert made.grad is not None and made.grad.abs().sum() > 0
+    assert all(torch.equal(p, before[name]) for name, p in unet.state_dict().items())

@@ -121,9 +121,7 @@ def test_matching_moves_the_student_from_where_it_was_told_to_start(
 ) -> None:
     run = matched[1]
     measured = [line["validation_distance"] for line in helpers.logged(run, ("validation_distance",)) if len(line) > 1]
-    assert measured[0] == measured[1] != measured[-1]  # after 5 and 10 steps it has not moved, the network has
-    losses = [line["fake_loss"] for line in helpers.logged(run, ("fake_loss",))]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert measured[0] == measured[1] != measured[-1]  # after 5 and 10 steps it has not moved
     card = json.loads((run / "model" / "gigdiff.json").read_text())
     assert (card["num_inference_steps"], card["baked_guidance"]) == (1, 2.0)
     ours, start = (gigdiff.load(m).unet.state_dict() for m in (run / "model", whole[1] / "model"))  # type: ignore[attr-defined]
