@@ -247,8 +247,10 @@ class Distillation:
     def noisy(self, batch: Batch, from_noise: bool = False) -> torch.Tensor:
         """The batch's photos at their knots, (N, C, h, w); `from_noise`: nothing of them is left at the noisiest."""
         z = add_noise(batch.latents, batch.noise, self.levels[batch.knot])
+        if not from_noise:
+            return z
         noisiest = (batch.knot == len(self.levels) - 1).view(-1, *[1] * (z.ndim - 1))
-        return torch.where(noisiest, batch.noise, z) if from_noise else z
+        return torch.where(noisiest, batch.noise, z)
 
     def guidance_loss(self, made: torch.Tensor, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N,): squared error of `made`, the student's clean ends from `z`, to the guided teacher's, as velocities."""

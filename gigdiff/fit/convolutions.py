@@ -37,6 +37,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def trains_in_bfloat16(x: Tensor) -> bool:
+    """Whether a layer given x computes in bfloat16 on a CPU, for a gradient."""
     return torch.is_grad_enabled() and is_rounded(x)
 
 
@@ -112,16 +113,15 @@ class TrainedConv2d(_PackedConv2d):
     """A convolution that is trained: 1 x 1 as a linear layer, 3 x 3 with a quicker gradient where images are narrow."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.weight.requires_grad or not trains_in_bfloat16(input):
+        narrow = self.kernel_size == (3, 3) and self.dilation == (1, 1) and input.shape[3] // self.stride[1] <= NARROW
+        trains = self.weight.requires_grad and trains_in_bfloat16(input)
+        if not trains or not (narrow or _is_linear(self)):
             return super().forward(input)
         input, weight = input.bfloat16(), self.weight.bfloat16()
         bias = None if self.bias is None else self.bias.bfloat16()
-        if _is_linear(self):
-            return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        narrow = input.shape[3] // self.stride[1] <= NARROW
-        if not narrow or self.kernel_size != (3, 3) or self.dilation != (1, 1):
-            return super().forward(input)
-        return _TrainedConvolution.apply(input, weight, bias, self.stride, self.padding)
+        if narrow:
+            return _TrainedConvolution.apply(input, weight, bias, self.stride, self.padding)
+        return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class _TrainedConvolution(torch.autograd.Function):
