@@ -38,6 +38,7 @@ __all__ = [
     "AdapterSlots",
     "LoraFile",
     "LoraSettings",
+    "adaptable",
     "adapter_configs",
     "add_adapter",
     "as_kohya",
@@ -46,6 +47,7 @@ __all__ = [
     "convert",
     "find_lora",
     "inspect",
+    "leading_terms",
     "lora_header",
     "lora_tensors",
     "merge",
@@ -585,15 +587,34 @@ def fold_file(model: nn.Module, lora: LoraFile, part: str) -> None:
         weight += scales[f"{part}.{name}"] * (up @ down).view(weight.shape).to(weight)  # type: ignore[operator, union-attr, arg-type]
 
 
+def adaptable(network: nn.Module) -> list[str]:
+    """The names of the layers that a LoRA of any rank can change: linear ones and convolutions in one group."""
+    return [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (not isinstance(layer, nn.Conv2d) or layer.groups == 1)
+    ]
+
+
+def leading_terms(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(down, up), (rank, in) and (out, rank): the greatest terms of the singular value decomposition of (out, in).
+
+    No other product of that rank comes nearer to the matrix than up @ down (Eckart and Young 1936). Both carry the root
+    of the singular values; they have fewer rows and columns than `rank` where the matrix has.
+    """
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
 @torch.no_grad()
 def extract(
     model: str | os.PathLike[str], base: str | os.PathLike[str], output: str | os.PathLike[str], rank: int
 ) -> tuple[Path, float]:
     """Write what a fine-tuned model's UNet or transformer has over its base as a LoRA file of `rank`.
 
-    Of each linear and convolution layer the LoRA holds the `rank` greatest terms of the singular value decomposition of
-    the difference, which no other matrix of that rank comes nearer to (Eckart and Young 1936). Biases and norms have
-    no place in a LoRA and stay the base's.
+    Of each of the `adaptable` layers the LoRA holds the `leading_terms` of the difference. Biases and norms have no
+    place in a LoRA and stay the base's.
 
     Args:
         model, base: names, folders or hub ids of one architecture.
@@ -614,11 +635,7 @@ def extract(
     ours, theirs = dict(other.named_parameters()), dict(own.named_parameters())
     if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
         raise ModelMismatchError(f"{model} and {base} are of two architectures: their {part}s have other weights")
-    layers = {
-        name
-        for name, layer in own.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and (not isinstance(layer, nn.Conv2d) or layer.groups == 1)
-    }
+    layers = set(adaptable(own))
     tensors: dict[str, Tensor] = {}
     whole = kept = 0.0
     for name, weight in ours.items():
@@ -627,11 +644,9 @@ def extract(
         layer = name.removesuffix(".weight")
         if layer not in layers or not difference.any():
             continue
-        u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-        u, s, v = u[:, :rank], s[:rank], v[:rank]
-        kept += s.square().sum().item()
-        root, convolution = s.sqrt(), difference.ndim == 4
-        up, down = u * root, root[:, None] * v
+        down, up = leading_terms(difference.flatten(1), rank)
+        kept += (up @ down).square().sum().item()
+        convolution = difference.ndim == 4
         tensors[f"{part}.{layer}.lora_A.weight"] = (
             down.view(-1, *difference.shape[1:]) if convolution else down
         ).contiguous()

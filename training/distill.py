@@ -19,19 +19,26 @@ features of the teacher's UNet, the one of train_gan.py with `--discriminator di
 
 `--distribution_weight`: distribution matching (Yin et al. 2023, arXiv 2311.18828; `gigdiff.fit.distribution`).
 What the student draws is noised, and moved by what the guided teacher and a network that knows the student's drawings
-say of it differently. At the noisiest knot the student then starts from noise alone, as in drawing.
+say of it differently. At the noisiest knot the student then starts from noise alone, as in drawing; and it does so
+whenever that is its only one.
+
+With `--unet_of` and `--rank` the student is a LoRA over an embedded model's UNet. To make one of a student that was
+trained whole, give that as the teacher, with `--guidance_weight 1 --guidance_scale 1`: the LoRA then learns what it
+draws, which keeps more of it than the nearest weights of that rank do.
 
 The student draws at guidance 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +58,7 @@ from gigdiff.fit.config import as_yaml, parse_config
 from gigdiff.fit.distribution import DistributionMatching, NoiseDraws
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.layers import lighten
+from gigdiff.fit.low_rank import LowRankDifference
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
@@ -72,6 +80,8 @@ class DistillConfig:
     Args:
         teacher: the model to distil: an embedded model's name or a folder of train_diffusion.py (v-prediction).
         student: the model whose UNet the student starts as; none = the teacher.
+        unet_of: an embedded model over whose UNet the student is to be a LoRA (package_model.py's flag), with rank.
+        rank: of that LoRA, which alone is trained; none = the whole UNet.
         train_data_dir: folder of photos (imagefolder or Parquet); or use dataset_name.
         dataset_name: hub id of a dataset.
         train_split: split to train on.
@@ -129,6 +139,8 @@ class DistillConfig:
 
     teacher: str = "mini"
     student: str | None = None
+    unet_of: str | None = None
+    rank: int | None = None
     train_data_dir: str | None = None
     dataset_name: str | None = None
     train_split: str = "train"
@@ -304,6 +316,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{', '.join(f'--{name}_weight' for name in TERMS)} are all 0: nothing to learn")
     if config.distribution_weight > 0 and config.distribution_updates < 1:
         raise InputError(f"--distribution_updates {config.distribution_updates}: at least 1, 5 in the paper")
+    if (config.rank is None) != (config.unet_of is None) or (config.rank is not None and config.rank < 1):
+        raise InputError(
+            f"--rank {config.rank} and --unet_of {config.unet_of}: a LoRA needs both, a rank of 1 or more and the "
+            "model whose UNet it is for; leave both out to train the whole UNet"
+        )
     judged = config.adversarial_knots
     if judged is not None and not (config.adversarial_weight > 0 and 0 < judged < config.knots):
         raise InputError(
@@ -350,9 +367,18 @@ def main(argv: list[str] | None = None) -> None:
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
     table = log_sigmas(jumping.alphas_cumprod).to(device)
     task = Distillation(Teacher(teacher, train.conditions([None], length).to(device), scale, table), timesteps)
-    ema = Ema(student, config.ema_decay)
+    low_rank = None
+    if config.unet_of is not None and config.rank is not None:
+        base = fellow_model("--unet_of", config.unet_of, vae, "--teacher").unet
+        if base.config["block_out_channels"] != teacher.config["block_out_channels"]:
+            raise ModelMismatchError(
+                f"--unet_of {config.unet_of} is a UNet of other sizes than --teacher {config.teacher}"
+            )
+        low_rank = LowRankDifference(student, base, config.rank, seed=config.seed)
+    trained = student if low_rank is None else low_rank
+    ema = Ema(trained, config.ema_decay)
     optimizer = torch.optim.AdamW(
-        student.parameters(),
+        trained.parameters(),
         lr=config.learning_rate,
         betas=(beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -384,7 +410,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, out)
     first_step = 0
     if checkpoint is not None:
-        first_step, tensors = restore_training(checkpoint, "unet", student, ema, optimizer)
+        first_step, tensors = restore_training(checkpoint, "unet", trained, ema, optimizer)
+        if low_rank is not None:
+            low_rank.write()
         if adversary is not None:
             if "discriminator" not in tensors:
                 raise ModelMismatchError(f"{checkpoint} has no discriminator: it was made with --adversarial_weight 0")
@@ -401,6 +429,7 @@ def main(argv: list[str] | None = None) -> None:
     if matching is not None:
         matching.prepare()
 
+    alone = matching is not None or config.knots == 1  # whether the noisiest knot is noise alone
     stop = StopSignal().install()
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -432,14 +461,24 @@ def main(argv: list[str] | None = None) -> None:
             loss = loss + config.consistency_weight * task.consistency_loss(made, student, z, batch).mean()
         return loss
 
+    @contextlib.contextmanager
+    def averaged_weights() -> Iterator[None]:
+        """Inside the block the student carries the averaged weights."""
+        with ema.applied_to(trained):
+            if low_rank is not None:
+                low_rank.write()
+            yield
+        if low_rank is not None:
+            low_rank.write()
+
     @torch.no_grad()
     def measure() -> dict[str, float]:
         """Held-out loss; the one-step error: from pure noise to the end of the teacher's path, as a share of the ends'
         variance (1 = no better than the mean picture); and the `coarse_frechet` distance of these drawings from the
         photos, each channel as it shows."""
         student.eval()
-        with ema.applied_to(student), accelerator.autocast():
-            z = task.noisy(fixed, matching is not None)
+        with averaged_weights(), accelerator.autocast():
+            z = task.noisy(fixed, alone)
             loss = regression(task.clean(student, z, fixed.knot, fixed.condition), z, fixed)
             noisiest = torch.full_like(fixed.knot, config.knots)
             made = task.clean(student, fixed.noise, noisiest, fixed.condition)
@@ -451,7 +490,7 @@ def main(argv: list[str] | None = None) -> None:
         }
 
     def averaged() -> UNet2DConditionModel:
-        with ema.applied_to(student):
+        with averaged_weights():
             return copy.deepcopy(student)
 
     def preview(step: int) -> None:
@@ -467,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(step: int) -> None:
         tensors = {
-            "unet": dict(student.state_dict()),
+            "unet": dict(trained.state_dict()),
             "ema": ema.shadow,
             "optimizer": optimizer_tensors(optimizer.optimizer),
         }
@@ -509,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = batch.to(device)
         values: dict[str, float] = {}
         with accelerator.autocast():
-            z = task.noisy(batch, matching is not None)
+            z = task.noisy(batch, alone)
             made = task.clean(wrapped, z, batch.knot, batch.condition)
             loss = regression(made, z, batch)
         if adversary is not None and chances is not None:
@@ -530,10 +569,14 @@ def main(argv: list[str] | None = None) -> None:
             loss = loss + config.distribution_weight * matched
         check_finite(loss.item(), step, rate)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+        if low_rank is not None:
+            low_rank.take_gradients()
+        norm = accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
         if matching is None or step >= config.distribution_warmup_steps:
             optimizer.step()
-            ema.update(student)
+            ema.update(trained)
+            if low_rank is not None:
+                low_rank.write()
         optimizer.zero_grad()
         images_done += len(batch.latents) * processes
 

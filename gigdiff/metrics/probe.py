@@ -87,11 +87,12 @@ class Probe:
         return np.array([float(r == w) if w in known else np.nan for r, w in zip(read, wanted, strict=True)])
 
     def save(self, folder: Path) -> None:
-        """Writes <name>.safetensors and <name>.json, each under a temporary name first."""
+        """Writes <name>.safetensors, in half precision, and <name>.json, each under a temporary name first."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for i, (weight, bias) in enumerate(self.layers):
-            tensors[f"{i}.weight"], tensors[f"{i}.bias"] = np.ascontiguousarray(weight), np.ascontiguousarray(bias)
+            tensors[f"{i}.weight"] = np.ascontiguousarray(weight, np.float16)
+            tensors[f"{i}.bias"] = np.ascontiguousarray(bias, np.float16)
         described = {"name": self.name, "inputs": self.inputs, "classes": self.classes, "details": dict(self.details)}
         temporary = folder / f".{self.name}-{uuid.uuid4().hex[:8]}"
         try:
@@ -137,7 +138,7 @@ def load_probe(name: str, folder: Path = PROBES) -> Probe:
         if not path.is_file():
             raise ModelNotFoundError(f"{path} is missing; fit the probes with: python benchmarks/fit_probes.py")
     text = json.loads(described.read_text(encoding="utf-8"))
-    tensors = load_file(weights)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(weights).items()}
     layers = tuple((tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2))
     return Probe(text["name"], tuple(text["classes"]), tuple(text["inputs"]), layers, text["details"])
 

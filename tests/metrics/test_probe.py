@@ -43,7 +43,10 @@ def test_same_seed_same_probe_and_a_round_trip_through_files(tmp_path):
     one.save(tmp_path)
     loaded = load_probe("gender", tmp_path)
     assert (loaded.name, loaded.classes, loaded.inputs) == (one.name, one.classes, one.inputs)
-    np.testing.assert_array_equal(loaded.scores({"a": x}), one.scores({"a": x}))
+    np.testing.assert_allclose(loaded.scores({"a": x}), one.scores({"a": x}), atol=0.02)  # files are in half precision
+    loaded.save(tmp_path)
+    load_probe.cache_clear()
+    np.testing.assert_array_equal(load_probe("gender", tmp_path).scores({"a": x}), loaded.scores({"a": x}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gender.json", "gender.safetensors"]
 
 
