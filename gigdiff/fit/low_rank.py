@@ -42,9 +42,9 @@ class LowRankDifference(nn.Module):
         weights = {f"{name}.weight" for name in names}
         self._layers: list[tuple[Tensor, Tensor]] = []  # the weight and the base's; not what a checkpoint keeps
         with torch.no_grad():
-            for name, theirs in base.named_parameters():
+            for name, parameter in base.named_parameters():
                 ours = parameters[name]
-                theirs = theirs.to(ours)
+                theirs = parameter.to(ours)
                 if name not in weights:
                     ours.copy_(theirs).requires_grad_(False)
                     continue
