@@ -69,6 +69,7 @@ from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
 from gigdiff.generators.loading import load
 from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.precision import autocast_dtype, training_precision
+from gigdiff.pretrained import card as card_of
 
 TERMS = ("guidance", "consistency", "adversarial", "distribution")
 
@@ -601,6 +602,9 @@ def main(argv: list[str] | None = None) -> None:
             break
     else:
         if main_process:
+            # A student's student was distilled from whom it was, with its guidance.
+            of = {} if drawing.folder is None else card_of(drawing.folder)
+            baked = of.get("baked_guidance", 1.0) if scale == 1.0 else scale
             card = {
                 "family": "diffusion",
                 "text_encoder": encoder.name,
@@ -609,8 +613,8 @@ def main(argv: list[str] | None = None) -> None:
                 "num_inference_steps": config.num_inference_steps,
                 "guidance_scale": 1.0,
                 "guidance_interval": [0.0, None],
-                "distilled_from": config.teacher,
-                "baked_guidance": scale if terms != ["adversarial"] else 1.0,
+                "distilled_from": of.get("distilled_from", config.teacher),
+                "baked_guidance": baked if terms != ["adversarial"] else 1.0,
                 "latent_space": latent_space_of(vae),
                 "parameters": sum(p.numel() for m in (student, vae) for p in m.parameters()),
                 "trained_steps": config.max_train_steps,

@@ -53,8 +53,9 @@ class LowRankDifference(nn.Module):
                 if not difference.any():
                     generator = rng.generator(seed, f"low rank {name}", 0)
                     down = torch.randn(down.shape, generator=generator).to(down) / math.sqrt(down.shape[1])
-                self.down.append(nn.Parameter(down))
-                self.up.append(nn.Parameter(up))
+                # The decomposition's are column after column; fused AdamW walks them beside their gradients in memory.
+                self.down.append(nn.Parameter(down.contiguous()))
+                self.up.append(nn.Parameter(up.contiguous()))
                 self._layers.append((ours, theirs.clone()))
         self.write()
 

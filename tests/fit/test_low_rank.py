@@ -72,6 +72,27 @@ def test_its_gradients_are_those_of_the_factors_and_its_steps_move_the_network()
     assert model(z, t, text).sample.square().mean().item() < before
 
 
+def test_a_fused_optimizer_brings_it_nearer_to_another_network() -> None:
+    """Factors lay in memory column after column, their gradients row after row: fused AdamW mixed the two up."""
+    goal, base = unet(0), unet(1)
+    model = copy.deepcopy(goal)
+    difference = LowRankDifference(model, base, 2, seed=0)
+    optimizer = torch.optim.AdamW(difference.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    torch.manual_seed(0)
+    z, t, text = torch.randn(8, 4, 8, 8), torch.tensor([999] * 8), torch.randn(8, 5, 12)
+    with torch.no_grad():
+        wanted = goal(z, t, text).sample
+    losses = []
+    for _ in range(40):
+        loss = (model(z, t, text).sample - wanted).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        difference.take_gradients()
+        optimizer.step()
+        difference.write()
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_where_nothing_differs_it_starts_as_the_base_and_can_leave_it() -> None:
     model, base = unet(1), unet(1)
     difference = LowRankDifference(model, base, 2, seed=5)

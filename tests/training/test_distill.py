@@ -214,6 +214,8 @@ def test_a_student_of_guidance_draws_in_one_pass_what_its_teacher_draws_in_two(
     path.write_text(json.dumps(kept | solver))
     index = json.loads((teacher / "model_index.json").read_text())
     (teacher / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", solver["_class_name"]]}))
+    card = json.loads((teacher / "gigdiff.json").read_text())
+    (teacher / "gigdiff.json").write_text(json.dumps(card | {"distilled_from": "grandmother"}))
     more = (
         "--guidance_weight", "1", "--consistency_weight", "0", "--guidance_scale", "20", "--learning_rate", "5e-4",
         "--max_train_steps", "80", "--ema_decay", "0.9", "--validation_steps", "20",
@@ -221,6 +223,9 @@ def test_a_student_of_guidance_draws_in_one_pass_what_its_teacher_draws_in_two(
     helpers.run("distill.py", *flags(teacher, catalogue, whole[0], tmp_path / "run"), *more)
     student = gigdiff.load(tmp_path / "run" / "model")
     assert type(student.scheduler).__name__ == "DPMSolverMultistepScheduler"  # type: ignore[attr-defined]
+
+    card = json.loads((tmp_path / "run" / "model" / "gigdiff.json").read_text())
+    assert (card["distilled_from"], card["baked_guidance"]) == ("grandmother", 20.0)
 
     image = gigdiff.generate("red handbag", model=student, seed=5, num_inference_steps=4, upscale=False)
     assert image.info["guidance_scale"] == "1"  # type: ignore[union-attr]
