@@ -76,10 +76,10 @@ def test_two_processes_give_the_single_process_result(tiny_model: Path, tmp_path
 
 
 def test_kill_nine_a_small_version(tiny_model: Path, tmp_path: Path) -> None:
-    """benchmarks/lora_kill.py with three kills, one of them while a checkpoint is written."""
+    """benchmarks/lora_kill.py with two kills, one of them while a checkpoint is written."""
     words = [
-        sys.executable, str(ROOT / "benchmarks" / "lora_kill.py"), "--kills", "3", "--during_checkpoint", "1",
-        "--max_train_steps", "60", "--flag", f"pretrained_model_name_or_path={tiny_model}", "--output",
+        sys.executable, str(ROOT / "benchmarks" / "lora_kill.py"), "--kills", "2", "--during_checkpoint", "1",
+        "--max_train_steps", "40", "--flag", f"pretrained_model_name_or_path={tiny_model}", "--output",
         str(tmp_path / "report.json"),
     ]  # fmt: skip
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -88,7 +88,7 @@ def test_kill_nine_a_small_version(tiny_model: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["kills"] == {"checkpoint": 1, "anywhere": 2} and report["losses_identical"]
+    assert report["kills"] == {"checkpoint": 1, "anywhere": 1} and report["losses_identical"]
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
