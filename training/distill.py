@@ -354,9 +354,14 @@ def main(argv: list[str] | None = None) -> None:
     teacher = drawing.unet.requires_grad_(False)
     # The generator chose for the precision that it draws in; some kernels can't do training's.
     set_attention(teacher, "auto", dtype=autocast_dtype(config.mixed_precision))
-    start = teacher if config.student is None else fellow_model("--student", config.student, vae, "--teacher").unet
-    if start.config["block_out_channels"] != teacher.config["block_out_channels"]:
-        raise ModelMismatchError(f"--student {config.student} is a UNet of other sizes than --teacher {config.teacher}")
+
+    def fellow_unet(flag: str, name: str) -> UNet2DConditionModel:
+        unet: UNet2DConditionModel = fellow_model(flag, name, vae, "--teacher").unet
+        if unet.config["block_out_channels"] != teacher.config["block_out_channels"]:
+            raise ModelMismatchError(f"{flag} {name} is a UNet of other sizes than --teacher {config.teacher}")
+        return unet
+
+    start = teacher if config.student is None else fellow_unet("--student", config.student)
     student: UNet2DConditionModel = copy.deepcopy(start).to(device).requires_grad_(True).train()
     if device.type == "cpu":
         lighten(student)
@@ -370,11 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     task = Distillation(Teacher(teacher, train.conditions([None], length).to(device), scale, table), timesteps)
     low_rank = None
     if config.unet_of is not None and config.rank is not None:
-        base = fellow_model("--unet_of", config.unet_of, vae, "--teacher").unet
-        if base.config["block_out_channels"] != teacher.config["block_out_channels"]:
-            raise ModelMismatchError(
-                f"--unet_of {config.unet_of} is a UNet of other sizes than --teacher {config.teacher}"
-            )
+        base = fellow_unet("--unet_of", config.unet_of)
         low_rank = LowRankDifference(student, base, config.rank, seed=config.seed)
     trained = student if low_rank is None else low_rank
     ema = Ema(trained, config.ema_decay)
