@@ -111,14 +111,16 @@ class GraphedNetwork:
 
 
 def recorded_for_training(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """`network`, its forward and its backward pass recorded as CUDA graphs; itself, with a warning, where that fails.
+    """`network`, its forward and its backward pass recorded as CUDA graphs; as it was, with a warning, if that fails.
 
-    For inputs of `example`'s shapes and dtypes only, in training mode. The weights are the network's own, read anew at
-    each replay. Gradients lie in the recording's memory, which the next backward pass writes over: use or clear them
-    before it (`zero_grad`), and don't add up several passes.
+    Inputs of `example`'s shapes go through the recording, in the mode (training or not) that the network is in now;
+    others as before. The weights are the network's own, read anew at each replay. What it gives and its gradients lie
+    in the recording's memory, which the next forward and the next backward pass write over: use or copy them before,
+    and don't add up several passes. A network that is not trained is recorded without a backward pass, unless an input
+    of `example` requires a gradient.
 
     Args:
-        network: takes tensors on a GPU and gives one. It is changed: calls go through the recording.
+        network: takes tensors on a GPU and gives one. It is changed.
         example: inputs, only looked at for what they are like.
         dtype: of autocast; float32: without.
     """
@@ -129,9 +131,16 @@ def recorded_for_training(network: nn.Module, example: tuple[Tensor, ...], dtype
             # Of the recording's side stream, at each step; newer versions warn of it.
             if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
                 torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-            return torch.cuda.make_graphed_callables(network, example)  # type: ignore[return-value]
+            torch.cuda.make_graphed_callables(network, example)
     except RuntimeError as error:
         log.warning("%s is trained without a CUDA graph: %s", type(network).__name__, error)
         network.forward = plain  # type: ignore[method-assign]
         network.zero_grad()
         return network
+    recorded, shapes = network.forward, [x.shape for x in example]
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return (recorded if [x.shape for x in inputs] == shapes else plain)(*inputs)
+
+    network.forward = forward  # type: ignore[method-assign]
+    return network

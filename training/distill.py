@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import DynamoBackend
 from diffusers import LCMScheduler, UNet2DConditionModel
 
 from gigdiff import rng
@@ -64,7 +65,7 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
-from gigdiff.fit.teacher import Teacher, fellow_model, velocity_of
+from gigdiff.fit.teacher import Teacher, fellow_model, recorded_unet, velocity_of
 from gigdiff.generators.diffusion import DiffusionGenerator, save_folder
 from gigdiff.generators.loading import load
 from gigdiff.generators.shared_vae import latent_space_of
@@ -114,6 +115,7 @@ class DistillConfig:
         captions_seed: of the wordings; none = seed. A run on cached encodings takes theirs.
         train_batch_size: images a step and process.
         dataloader_num_workers: processes that prepare batches; 0 is a thread. A GPU is faster than one of either.
+        cuda_graphs: record networks' passes as CUDA graphs, on one GPU: small ones take longer to launch than to run.
         max_train_steps: optimizer steps in all.
         learning_rate: peak of the schedule.
         lr_warmup_steps: linear warm-up.
@@ -172,6 +174,7 @@ class DistillConfig:
     captions_seed: int | None = None
     train_batch_size: int = 32
     dataloader_num_workers: int = 0
+    cuda_graphs: bool = True
     max_train_steps: int = 2000
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 50
@@ -425,6 +428,22 @@ def main(argv: list[str] | None = None) -> None:
                     f"{checkpoint} has no network of the student's drawings: it was made with --distribution_weight 0"
                 )
             matching.load(tensors)
+    recorded = None
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    if config.cuda_graphs and device.type == "cuda" and processes == 1 and not compiles:
+        # Before Accelerate changes `forward`, and after the networks of `matching` are copied from the teacher.
+        batch = make_batch(train, range(config.train_batch_size), config, length).to(device)
+        example = (
+            batch.noise.contiguous(memory_format=torch.channels_last), timesteps[batch.knot], batch.condition
+        )  # fmt: skip
+        precision = autocast_dtype(config.mixed_precision)
+        if matching is not None:
+            matching.record(tuple(x.clone() for x in example), precision)
+        if adversary is not None:
+            judged_share = len(batch.noise) if judged is None else len(batch.noise) // 2
+            adversary.record(batch.noise[:judged_share], precision)
+        task.teacher.record(batch.noise, batch.condition, precision)
+        recorded = recorded_unet(student, example, precision)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     if adversary is not None:
         adversary.prepare()
@@ -551,7 +570,7 @@ def main(argv: list[str] | None = None) -> None:
         values: dict[str, float] = {}
         with accelerator.autocast():
             z = task.noisy(batch, alone)
-            made = task.clean(wrapped, z, batch.knot, batch.condition)
+            made = task.clean(recorded or wrapped, z, batch.knot, batch.condition)
             loss = regression(made, z, batch)
         if adversary is not None and chances is not None:
             chances = chances.to(device)

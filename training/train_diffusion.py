@@ -38,6 +38,7 @@ from gigdiff.fit.preview import save_preview
 from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
+from gigdiff.fit.teacher import Velocity
 from gigdiff.generators.diffusion import DiffusionGenerator, load_unet, save_folder
 from gigdiff.generators.request import check_size
 from gigdiff.models.autoencoder import load_autoencoder
@@ -240,17 +241,6 @@ def fixed_batches(data: EncodedProducts, config: DiffusionConfig, length: int) -
             Batch(latents, data.conditions([(i, 0) for i in chosen], length), noise, levels[start : chosen.stop])
         )
     return batches
-
-
-class Velocity(torch.nn.Module):
-    """A UNet as a function of tensors: noisy latents (N, C, h, w), timesteps (N,), conditions (N, 1 + L, D)."""
-
-    def __init__(self, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy, timesteps, encoder_hidden_states=condition, return_dict=False)[0]
 
 
 def inputs_of(batch: Batch, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gigdiff import gan_losses, rng
+from gigdiff.cuda_graphs import recorded_for_training
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.errors import InputError
 from gigdiff.fit.augmentation import DRAWS, AdaptiveStrength, augment
@@ -210,6 +211,13 @@ class Adversary:
         self.critic.load_state_dict(tensors["discriminator"])
         load_optimizer(self.optimizer, tensors["discriminator_optimizer"])
         self.strength.load(tensors["augmentation"])
+
+    def record(self, like: Tensor, dtype: torch.dtype) -> None:
+        """Let a UNet's features of images `like` (N, C, h, w) be found by CUDA graphs."""
+        if self.view.features is not None:
+            images = torch.zeros_like(like).requires_grad_()  # the drawn ones' gradients go through them
+            example = (images, torch.zeros_like(like), like.new_zeros(len(like)))
+            recorded_for_training(self.view.features, example, dtype)
 
     def prepare(self) -> None:
         """Hand networks over to Accelerate, once they are loaded."""

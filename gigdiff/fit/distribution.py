@@ -22,7 +22,7 @@ from gigdiff.diffusion import add_noise, clean_from_velocity, velocity
 from gigdiff.fit.checkpoint import load_optimizer, optimizer_tensors
 from gigdiff.fit.layers import lighten
 from gigdiff.fit.schedule import set_learning_rate
-from gigdiff.fit.teacher import Teacher, velocity_of
+from gigdiff.fit.teacher import Teacher, recorded_unet, velocity_of
 from gigdiff.precision import autocast_dtype
 
 __all__ = ["DistributionMatching", "NoiseDraws", "matching_loss"]
@@ -85,6 +85,7 @@ class DistributionMatching:
             self.unet.parameters(), betas=(0.9, beta2), weight_decay=0.0, fused=True
         )
         self.wrapped: Any = self.unet
+        self._recorded: Any = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps."""
@@ -96,6 +97,10 @@ class DistributionMatching:
         self.unet.load_state_dict(tensors["fake_unet"])
         load_optimizer(self.optimizer, tensors["fake_optimizer"])
 
+    def record(self, example: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
+        """Let the network's passes be CUDA graphs (`recorded_unet`); before `prepare`."""
+        self._recorded = recorded_unet(self.unet, example, dtype)
+
     def prepare(self) -> None:
         """Hand the network and its optimizer to Accelerate."""
         self.wrapped, self.optimizer = self.accelerator.prepare(self.unet, self.optimizer)
@@ -106,7 +111,8 @@ class DistributionMatching:
         with torch.no_grad(), self.accelerator.autocast():
             z = add_noise(made.detach(), draws.noise[0], level)
             real = self.teacher.clean(condition)(z, level)
-            fake = clean_from_velocity(z, velocity_of(self.unet, z, draws.timesteps[0], condition), level)
+            said = velocity_of(self._recorded or self.unet, z, draws.timesteps[0], condition)
+            fake = clean_from_velocity(z, said, level)
         return matching_loss(made, real, fake)
 
     def learn(self, made: Tensor, condition: Tensor, draws: NoiseDraws, learning_rate: float) -> dict[str, float]:
@@ -116,7 +122,8 @@ class DistributionMatching:
         for timesteps, noise in zip(draws.timesteps[1:], draws.noise[1:], strict=True):
             level = self.teacher.table[timesteps]
             with self.accelerator.autocast():
-                said = velocity_of(self.wrapped, add_noise(made, noise, level), timesteps, condition)
+                z = add_noise(made, noise, level)
+                said = velocity_of(self._recorded or self.wrapped, z, timesteps, condition)
             loss = (said - velocity(made, noise, level)).square().mean()
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.unet.parameters(), self.max_grad_norm)

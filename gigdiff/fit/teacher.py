@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigdiff.attention import set_attention
 from gigdiff.consistency import huber
+from gigdiff.cuda_graphs import recorded_for_training
 from gigdiff.diffusion import add_noise, clean_from_velocity, guided, log_sigmas, timesteps_of
 from gigdiff.errors import ModelMismatchError
 from gigdiff.generators.diffusion import DiffusionGenerator
@@ -18,7 +19,7 @@ from gigdiff.generators.shared_vae import same_encoder
 from gigdiff.models.autoencoder import ProductAutoencoder
 from gigdiff.precision import autocast_dtype
 
-__all__ = ["Teacher", "fellow_model", "frozen_unet", "velocity_of"]
+__all__ = ["Teacher", "Velocity", "fellow_model", "frozen_unet", "recorded_unet", "velocity_of"]
 
 
 def fellow_model(flag: str, name: str, vae: ProductAutoencoder, vae_flag: str) -> DiffusionGenerator:
@@ -52,6 +53,27 @@ def velocity_of(unet: Any, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
     return unet(z, t, encoder_hidden_states=condition, return_dict=False)[0].float()
 
 
+class Velocity(nn.Module):
+    """A UNet as a function of tensors: noisy latents (N, C, h, w), timesteps (N,), conditions (N, 1 + L, D)."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return self.unet(noisy, timesteps, encoder_hidden_states=condition, return_dict=False)[0]
+
+
+def recorded_unet(unet: nn.Module, example: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Callable[..., Any]:
+    """What `velocity_of` takes as `unet`, by `recorded_for_training`. example: as `Velocity` takes them."""
+    network = recorded_for_training(Velocity(unet), example, dtype)
+
+    def call(z: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (network(z, t, encoder_hidden_states),)
+
+    return call
+
+
 class Teacher:
     """A v-prediction UNet with classifier-free guidance.
 
@@ -75,6 +97,13 @@ class Teacher:
             return clean_from_velocity(z, guided(unconditional, conditional, self.scale), log_sigma)
 
         return estimate
+
+    def record(self, z: Tensor, condition: Tensor, dtype: torch.dtype) -> None:
+        """Take CUDA graphs (`recorded_unet`) for batches like z (N, C, h, w) and `condition` (N, 1 + L, D)."""
+        rows = 1 if self.scale == 1.0 else 2
+        z = z.repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        t = timesteps_of(self.table[:1].expand(len(z)), self.table)
+        self.unet = recorded_unet(self.unet, (z, t.clone(), condition.repeat(rows, 1, 1)), dtype)
 
     def correction(self, made: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor, weights: Tensor) -> Tensor:
         """How far the teacher would move what was drawn, were it noised: adversarial diffusion distillation's loss.

@@ -13,7 +13,7 @@ from gigdiff.diffusion import add_noise, timesteps_of
 __all__ = ["DiffusionFeatures"]
 
 
-class DiffusionFeatures:
+class DiffusionFeatures(torch.nn.Module):
     """Latents (N, C, h, w) -> what a frozen UNet sees in them when noised, (N, channels, h, w).
 
     A discriminator that starts from latents has to learn to see first; a network trained to denoise them already tells
@@ -34,6 +34,7 @@ class DiffusionFeatures:
     """
 
     def __init__(self, unet: Any, empty: Tensor, table: Tensor, channels: int = 256) -> None:
+        super().__init__()
         self.unet, self.empty, self.table = unet.eval().requires_grad_(False), empty, table
         self.channels = channels
         widths = unet.config["block_out_channels"]
@@ -42,7 +43,7 @@ class DiffusionFeatures:
         mix = torch.randn(channels, total, 1, 1, generator=generator) * total**-0.5
         self.mix = mix.to(empty.device)
 
-    def __call__(self, latents: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, noise: Tensor, log_sigma: Tensor) -> Tensor:
         """noise: like latents. log_sigma: (N,), the level that each is noised to; clamped to the schedule's."""
         log_sigma = log_sigma.clamp(self.table[0], self.table[-1])
         z = add_noise(latents, noise, log_sigma).contiguous(memory_format=torch.channels_last)

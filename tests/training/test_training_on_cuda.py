@@ -225,3 +225,26 @@ def test_a_recorded_unet_trains_as_the_plain_one_does(catalogue: Path, autoencod
                 assert ours[key] == pytest.approx(value, rel=near), (precision, key)
         losses = [line["loss"] for line in logs[precision, "true"]]
         assert losses[-1] != pytest.approx(losses[0], rel=near), "weights that never change would give equal logs too"
+
+
+def test_a_student_is_distilled_by_recorded_networks_as_by_plain_ones(
+    catalogue: Path, autoencoder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Teacher, student, the network of its drawings and the discriminator's features, each by graphs of its own."""
+    logs = {}
+    for recorded in ("true", "false"):
+        out = tmp_path / recorded
+        flags = flags_of("distill.py", catalogue, autoencoder, tiny_model, tmp_path / "cache", out)
+        terms = ("--distribution_weight", "1", "--distribution_updates", "2", "--distribution_warmup_steps", "2")
+        steps = ("--max_train_steps", "8", "--checkpointing_steps", "8", "--validation_steps", "8")
+        more = ("--cuda_graphs", recorded, "--mixed_precision", "no", "--learning_rate", "0.001")
+        done = run("distill.py", *flags, *terms, *steps, *more, launch=True, on="cuda")
+        assert "without a CUDA graph" not in done.stderr
+        keys = ("loss", "grad_norm", "fake_loss", "matching_loss", "discriminator_loss", "validation_loss")
+        logs[recorded] = logged(out, keys)
+    for ours, plain in zip(logs["true"], logs["false"], strict=True):
+        assert ours.keys() == plain.keys()
+        for key, value in plain.items():
+            assert ours[key] == pytest.approx(value, rel=2e-2, abs=1e-3), key
+    losses = [line["fake_loss"] for line in logs["true"]]
+    assert losses[-1] != pytest.approx(losses[0], rel=2e-2), "weights that never change would give equal logs too"
