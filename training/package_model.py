@@ -15,10 +15,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError, ModelNotFoundError
 from gigdiff.fit.config import parse_config
@@ -27,6 +29,7 @@ from gigdiff.generators.shared_vae import autoencoder_of, latent_space_of, same_
 from gigdiff.lora import WEIGHTS_NAME, extract
 from gigdiff.models.autoencoder import ProductAutoencoder, load_autoencoder
 from gigdiff.pretrained import EMBEDDED, folder_of
+from gigdiff.pretrained import card as card_of
 
 #: Scores of a report that go onto the card, and what they are called there.
 SCORES = {
@@ -45,6 +48,9 @@ class PackageConfig:
         shared_vae: embedded model whose autoencoder it draws through, so that the decoder is stored once.
         unet_of: embedded model that the run went on from: the difference is stored, as a LoRA, in place of a UNet.
         rank: of that LoRA.
+        lora_scale: of what is stored of the difference, as a LoRA's strength; below 1 lies nearer to `unet_of`.
+        truncation: of a model of one step: its UNet is given so much of the noise, for more typical pictures, fewer
+            wrong ones and less variety (Brock et al. 2018, arXiv 1809.11096, section 3.1). 1 = as trained.
         vae: autoencoder folder; its encoder must be the one that the UNet was trained with. Default: the run's own.
         output_dir: the model folder to write.
         num_inference_steps: default steps.
@@ -60,6 +66,8 @@ class PackageConfig:
     shared_vae: str | None = None
     unet_of: str | None = None
     rank: int = 32
+    lora_scale: float = 1.0
+    truncation: float = 1.0
     vae: str | None = None
     output_dir: str = "gigdiff/pretrained/mini"
     num_inference_steps: int = 20
@@ -69,6 +77,24 @@ class PackageConfig:
     reports: tuple[str, ...] = ()
     training: str = ""
     training_cost: str = ""
+
+
+def finished(unet: Any, base: Any | None, lora_scale: float, truncation: float) -> Any:
+    """`unet`, changed: `lora_scale` of the way from `base`, where there is one, and given `truncation` of its noise.
+
+    W (t z) = (t W) z for the first convolution, so that every sampler, stock diffusers' too, draws the truncated model.
+
+    Raises:
+        ModelMismatchError: the two are of other sizes.
+    """
+    with torch.no_grad():
+        if base is not None and lora_scale != 1.0:
+            if [p.shape for p in unet.parameters()] != [p.shape for p in base.parameters()]:
+                raise ModelMismatchError("--unet_run's UNet has other sizes than that of --unet_of")
+            for parameter, first in zip(unet.parameters(), base.parameters(), strict=True):
+                parameter.lerp_(first, 1 - lora_scale)
+        unet.conv_in.weight.mul_(truncation)
+    return unet
 
 
 def read_scores(reports: tuple[str, ...]) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -183,8 +209,21 @@ def main(argv: list[str] | None = None) -> None:
         )
     if config.shared_vae is not None and config.vae is not None:
         raise InputError("--shared_vae and --vae were both given: the decoder is either another model's or its own")
+    if config.lora_scale != 1.0 and config.unet_of is None:
+        raise InputError(f"--lora_scale {config.lora_scale:g} is of a LoRA's strength: give --unet_of and --rank too")
+    if config.truncation != 1.0 and config.num_inference_steps != 1:
+        raise InputError(
+            f"--truncation {config.truncation:g} is for a model of one step: with --num_inference_steps "
+            f"{config.num_inference_steps} leave it out"
+        )
+    if config.unet_of is not None and config.unet_of not in EMBEDDED:
+        raise InputError(f"--unet_of {config.unet_of} is no embedded model; known: {', '.join(EMBEDDED)}")
+    under = None if config.unet_of is None else card_of(folder_of(config.unet_of)).get("unet_of")
+    if under is not None:
+        raise InputError(f"--unet_of {config.unet_of} is a LoRA on {under} itself: give --unet_of {under}")
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
-    unet = load_unet(source / "unet")
+    base = None if config.unet_of is None else load_unet(folder_of(config.unet_of) / "unet")
+    unet = finished(load_unet(source / "unet"), base, config.lora_scale, config.truncation)
     vae = own = load_autoencoder(source / "vae")
     if config.vae is not None:
         vae = load_autoencoder(config.vae)
@@ -193,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{config.vae} has another encoder than the autoencoder that {source} was trained with: only a decoder "
                 "trained with --decoder_only true --init_from that autoencoder fits"
             )
+    own_card = dict(card)
     stored: ProductAutoencoder | None = vae
     if config.shared_vae is not None:
         card |= {"shared_vae": config.shared_vae, "latent_space": latent_space_of(vae)}
@@ -211,12 +251,14 @@ def main(argv: list[str] | None = None) -> None:
         "guidance_scale": config.guidance_scale,
         "guidance_interval": [config.guidance_low, config.guidance_high],
     }
+    if config.truncation != 1.0:
+        card["baked_truncation"] = config.truncation
     if config.unet_of is not None:
-        if config.unet_of not in EMBEDDED:
-            raise InputError(f"--unet_of {config.unet_of} is no embedded model; known: {', '.join(EMBEDDED)}")
-        card["unet_of"] = config.unet_of
+        card |= {"unet_of": config.unet_of, "lora_scale": config.lora_scale}
         lora = Path(config.output_dir) / "unet" / WEIGHTS_NAME
-        _, share = extract(source, folder_of(config.unet_of), lora, config.rank)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = save_folder(Path(folder) / Path(config.output_dir).name, unet, vae, scheduler, own_card, half=False)
+            _, share = extract(whole, folder_of(config.unet_of), lora, config.rank)
         out = save_folder(config.output_dir, None, stored, scheduler, card)
         print(f"the LoRA holds {share:.3f} of the squared difference to {config.unet_of}", file=sys.stderr)
     else:

@@ -17,6 +17,11 @@ and where it draws through another embedded model's autoencoder:
 and where its UNet is a LoRA on another embedded model's:
 
     unet_of        that model; the LoRA is unet/pytorch_lora_weights.safetensors
+    lora_scale     the share of the trained difference that is in it
+
+and of a student of one step:
+
+    baked_truncation    how much of the noise its UNet is given, folded into the first convolution
 
 and for "gan" and "vae":
 
@@ -36,7 +41,7 @@ __all__ = ["EMBEDDED", "UPSCALERS", "card", "folder_of", "size_on_disk"]
 EMBEDDED: dict[str, str] = {
     "mini": "latent diffusion, 80 x 64 (height x width)",
     "mini-turbo": "mini in 4 steps without guidance passes",
-    "mini-flash": "mini in a single step: quicker still, and more often wrong",
+    "mini-flash": "mini in a single step: quicker still, its pictures less varied",
     "mini-gan": "a GAN, one pass, through mini's decoder",
     "mini-vae": "a VAE, one pass, through mini's decoder: a baseline to compare with",
 }

@@ -107,8 +107,53 @@ def test_a_run_that_went_on_from_an_embedded_model_is_stored_as_a_lora_on_it(
 
     assert abs(drawn(out) - drawn(run / "model")).max() <= 3
     assert abs(drawn(out) - drawn(tiny_model)).max() > 20
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(InputError, match="is a LoRA on mini itself: give --unet_of mini"),
+    ):
+        patched.setattr(package_model, "folder_of", lambda name: out)
+        package_model.main(["--unet_run", str(run), "--unet_of", "mini-turbo", "--output_dir", str(tmp_path / "o")])
     with pytest.raises(InputError, match="--unet_of nobody is no embedded model"):
         package_model.main(["--unet_run", str(run), "--unet_of", "nobody", "--output_dir", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_lora_at_part_of_its_strength_with_part_of_the_noise(
+    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stored UNet lies so far from the base's, and says of noise what the unscaled one says of less noise."""
+    for module in (package_model, diffusion):
+        monkeypatch.setattr(module, "folder_of", lambda name: tiny_model)
+    file = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.manual_seed(0)
+    tensors = {k: v + 0.1 * torch.randn_like(v) if v.ndim > 1 else v for k, v in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    drawn = {}
+    for scale, truncation in ((1.0, 1.0), (0.25, 1.0), (0.25, 0.5)):
+        out = tmp_path / f"{scale}-{truncation}"
+        flags = ["--rank", "1000", "--lora_scale", str(scale), "--truncation", str(truncation)]
+        steps = ["--num_inference_steps", "1", "--unet_of", "mini", "--output_dir", str(out)]
+        package_model.main(["--unet_run", str(run), *flags, *steps])
+        drawn[scale, truncation] = gigdiff.load(str(out), device="cpu", dtype="float32").unet  # type: ignore[attr-defined]
+        card = json.loads((out / "gigdiff.json").read_text())
+        assert card["lora_scale"] == scale and card.get("baked_truncation", 1.0) == truncation
+    base = dict(gigdiff.load(str(tiny_model), device="cpu", dtype="float32").unet.named_parameters())  # type: ignore[attr-defined]
+    whole, quarter = (dict(drawn[scale, 1.0].named_parameters()) for scale in (1.0, 0.25))
+    for name, first in base.items():
+        torch.testing.assert_close(quarter[name] - first, (whole[name] - first) / 4, rtol=0.02, atol=2e-3)
+    unet = drawn[0.25, 1.0]
+    z, t = torch.randn(2, unet.config.in_channels, 4, 4), torch.tensor([999, 999])
+    text = torch.randn(2, 5, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        half, plain = (drawn[0.25, t_](x, t, text).sample for t_, x in ((0.5, z), (1.0, z / 2)))
+        assert (plain - unet(z, t, text).sample).abs().mean() > 0.02
+    torch.testing.assert_close(half, plain, rtol=0.05, atol=5e-3)
+    for flags, words in (
+        (["--lora_scale", "0.5"], "give --unet_of and --rank too"),
+        (["--truncation", "0.5", "--num_inference_steps", "4"], "is for a model of one step"),
+    ):
+        with pytest.raises(InputError, match=words):
+            package_model.main(["--unet_run", str(run), *flags, "--output_dir", str(tmp_path / "o")])
     assert not (tmp_path / "o").exists()
 
 
