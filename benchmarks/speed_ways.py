@@ -28,6 +28,7 @@ from gigdiff.errors import GigdiffError
 from gigdiff.fit.ema import Ema
 from gigdiff.fit.layers import lighten
 from gigdiff.fit.run import keep_freed_memory, prefetched
+from gigdiff.fit.teacher import Velocity
 from gigdiff.generators.diffusion import load_unet
 from gigdiff.generators.loading import resolve
 from gigdiff.generators.request import GenerationRequest
@@ -210,7 +211,7 @@ def our_training(args: Namespace) -> Way:
     sys.path.insert(0, str(ROOT / "training"))
     if args.device == "cpu":
         keep_freed_memory()  # of the process, so that the peer's loop has it too
-    from train_diffusion import DiffusionConfig, Velocity, build_scheduler, inputs_of, loss_of, make_batch
+    from train_diffusion import DiffusionConfig, build_scheduler, inputs_of, loss_of, make_batch
 
     from gigdiff.diffusion import log_sigmas
 
