@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import DynamoBackend
 from diffusers import LCMScheduler, UNet2DConditionModel
 
 from gigdiff import rng
@@ -62,7 +61,7 @@ from gigdiff.fit.layers import lighten
 from gigdiff.fit.low_rank import LowRankDifference
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, records_graphs, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
 from gigdiff.fit.teacher import Teacher, fellow_model, recorded_unet, velocity_of
@@ -429,8 +428,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             matching.load(tensors)
     recorded = None
-    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-    if config.cuda_graphs and device.type == "cuda" and processes == 1 and not compiles:
+    if records_graphs(config.cuda_graphs, accelerator):
         # Before Accelerate changes `forward`, and after the networks of `matching` are copied from the teacher.
         batch = make_batch(train, range(config.train_batch_size), config, length).to(device)
         example = (
@@ -440,8 +438,8 @@ def main(argv: list[str] | None = None) -> None:
         if matching is not None:
             matching.record(tuple(x.clone() for x in example), precision)
         if adversary is not None:
-            judged_share = len(batch.noise) if judged is None else len(batch.noise) // 2
-            adversary.record(batch.noise[:judged_share], precision)
+            looked_at = len(batch.noise) if judged is None else len(batch.noise) // 2
+            adversary.record(batch.noise[:looked_at], precision)
         task.teacher.record(batch.noise, batch.condition, precision)
         recorded = recorded_unet(student, example, precision)
     wrapped, optimizer = accelerator.prepare(student, optimizer)

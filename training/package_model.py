@@ -79,22 +79,17 @@ class PackageConfig:
     training_cost: str = ""
 
 
-def finished(unet: Any, base: Any | None, lora_scale: float, truncation: float) -> Any:
-    """`unet`, changed: `lora_scale` of the way from `base`, where there is one, and given `truncation` of its noise.
-
-    W (t z) = (t W) z for the first convolution, so that every sampler, stock diffusers' too, draws the truncated model.
+@torch.no_grad()
+def scale_difference(unet: Any, base: Any, lora_scale: float) -> None:
+    """Put `unet` at `lora_scale` of the way from `base`.
 
     Raises:
         ModelMismatchError: the two are of other sizes.
     """
-    with torch.no_grad():
-        if base is not None and lora_scale != 1.0:
-            if [p.shape for p in unet.parameters()] != [p.shape for p in base.parameters()]:
-                raise ModelMismatchError("--unet_run's UNet has other sizes than that of --unet_of")
-            for parameter, first in zip(unet.parameters(), base.parameters(), strict=True):
-                parameter.lerp_(first, 1 - lora_scale)
-        unet.conv_in.weight.mul_(truncation)
-    return unet
+    if [p.shape for p in unet.parameters()] != [p.shape for p in base.parameters()]:
+        raise ModelMismatchError("--unet_run's UNet has other sizes than that of --unet_of")
+    for parameter, first in zip(unet.parameters(), base.parameters(), strict=True):
+        parameter.lerp_(first, 1 - lora_scale)
 
 
 def read_scores(reports: tuple[str, ...]) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -216,14 +211,18 @@ def main(argv: list[str] | None = None) -> None:
             f"--truncation {config.truncation:g} is for a model of one step: with --num_inference_steps "
             f"{config.num_inference_steps} leave it out"
         )
-    if config.unet_of is not None and config.unet_of not in EMBEDDED:
-        raise InputError(f"--unet_of {config.unet_of} is no embedded model; known: {', '.join(EMBEDDED)}")
-    under = None if config.unet_of is None else card_of(folder_of(config.unet_of)).get("unet_of")
-    if under is not None:
-        raise InputError(f"--unet_of {config.unet_of} is a LoRA on {under} itself: give --unet_of {under}")
+    if config.unet_of is not None:
+        if config.unet_of not in EMBEDDED:
+            raise InputError(f"--unet_of {config.unet_of} is no embedded model; known: {', '.join(EMBEDDED)}")
+        under = card_of(folder_of(config.unet_of)).get("unet_of")
+        if under is not None:
+            raise InputError(f"--unet_of {config.unet_of} is a LoRA on {under} itself: give --unet_of {under}")
     card = json.loads((source / "gigdiff.json").read_text(encoding="utf-8"))
-    base = None if config.unet_of is None else load_unet(folder_of(config.unet_of) / "unet")
-    unet = finished(load_unet(source / "unet"), base, config.lora_scale, config.truncation)
+    unet = load_unet(source / "unet")
+    if config.unet_of is not None and config.lora_scale != 1.0:
+        scale_difference(unet, load_unet(folder_of(config.unet_of) / "unet"), config.lora_scale)
+    # W (t z) = (t W) z: so every sampler, stock diffusers' too, draws the truncated model.
+    unet.conv_in.weight.data.mul_(config.truncation)
     vae = own = load_autoencoder(source / "vae")
     if config.vae is not None:
         vae = load_autoencoder(config.vae)

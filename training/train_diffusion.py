@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import DynamoBackend
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from gigdiff import rng
@@ -35,7 +34,7 @@ from gigdiff.fit.layers import lighten
 from gigdiff.fit.muon import build_optimizer
 from gigdiff.fit.order import positions_of_step, samples_at
 from gigdiff.fit.preview import save_preview
-from gigdiff.fit.run import JsonLines, StopSignal, check_finite, prefetched, start_accelerator
+from gigdiff.fit.run import JsonLines, StopSignal, check_finite, compiles, prefetched, records_graphs, start_accelerator
 from gigdiff.fit.schedule import learning_rate, set_learning_rate
 from gigdiff.fit.splits import encoded_splits
 from gigdiff.fit.teacher import Velocity
@@ -282,8 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.init_from is not None:
         copy_leading(load_unet(config.init_from), unet)
     unet = unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO  # what was asked of Accelerate goes first
-    if device.type == "cpu" and not compiles:
+    if device.type == "cpu" and not compiles(accelerator):
         lighten(unet)
     chosen = set_attention(unet, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
     scheduler = build_scheduler()
@@ -328,8 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         return make_batch(train, positions_of_step(step, config.train_batch_size, process, processes), config, length)
 
     recorded = None
-    records = config.cuda_graphs and device.type == "cuda" and processes == 1 and not compiles
-    if records and first_step < config.max_train_steps:
+    if records_graphs(config.cuda_graphs, accelerator) and first_step < config.max_train_steps:
         example = inputs_of(load(first_step).to(device), table)
         recorded = recorded_for_training(Velocity(unet), example, autocast_dtype(config.mixed_precision))
     # After recording: what Accelerate makes of `forward` is not to be part of it.

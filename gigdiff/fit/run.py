@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DynamoBackend, ProjectConfiguration
 from torch.utils.data import DataLoader, Dataset
 
 from gigdiff.errors import InputError, NumericalError
@@ -27,8 +27,10 @@ __all__ = [
     "JsonLines",
     "StopSignal",
     "check_finite",
+    "compiles",
     "keep_freed_memory",
     "prefetched",
+    "records_graphs",
     "start_accelerator",
     "start_cpu_processes",
     "threads_left_idle",
@@ -159,6 +161,17 @@ def start_accelerator(mixed_precision: str, report_to: str, out: Path, **options
         torch.set_num_threads(threads)
         print(f"{threads} threads (accelerate launch had left one; OMP_NUM_THREADS=N changes it)", file=sys.stderr)
     return accelerator
+
+
+def compiles(accelerator: Accelerator) -> bool:
+    """Whether Accelerate was asked to compile networks: that goes before what a script would do to them."""
+    return bool(accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
+
+
+def records_graphs(asked: bool, accelerator: Accelerator) -> bool:
+    """Whether networks' passes are recorded as CUDA graphs: where `asked` for, on one GPU, and not compiled."""
+    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return asked and one_gpu and not compiles(accelerator)
 
 
 def keep_freed_memory() -> bool:

@@ -34,6 +34,15 @@ def run(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture
+def unet_file(run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The weights of the run's UNet, where every embedded model is the tiny one that the run went on from."""
+    for module in (package_model, diffusion):
+        monkeypatch.setattr(module, "folder_of", lambda name: tiny_model)
+    torch.manual_seed(0)
+    return run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+
+
 def report(folder: Path, prompts: str) -> Path:
     score = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 1000, "interval": "95%"}
     names = ("article_type_ratio", "colour_group_ratio", "frechet_ratio")
@@ -83,19 +92,15 @@ def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_on_from_an_embedded_model_is_stored_as_a_lora_on_it(
-    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, unet_file: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (package_model, diffusion):
-        monkeypatch.setattr(module, "folder_of", lambda name: tiny_model)
-    file = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    torch.manual_seed(0)
+    tensors = load_file(unet_file)
     for name, tensor in tensors.items():  # by something of rank one, as fine-tuning might
         if name.endswith(("to_q.weight", "conv1.weight")):
             flat = tensor.flatten(1)
             change = torch.outer(torch.randn(flat.shape[0]), torch.randn(flat.shape[1])) / flat.shape[1] ** 0.5
             tensors[name] = tensor + change.view(tensor.shape).to(tensor)
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, unet_file, metadata={"format": "pt"})
     out, asked = tmp_path / "out", {"seed": 0, "num_inference_steps": 2}
     package_model.main(["--unet_run", str(run), "--unet_of", "mini", "--rank", "1", "--output_dir", str(out)])
     assert [path.name for path in (out / "unet").iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -119,15 +124,11 @@ def test_a_run_that_went_on_from_an_embedded_model_is_stored_as_a_lora_on_it(
 
 
 def test_a_lora_at_part_of_its_strength_with_part_of_the_noise(
-    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, unet_file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The stored UNet lies so far from the base's, and says of noise what the unscaled one says of less noise."""
-    for module in (package_model, diffusion):
-        monkeypatch.setattr(module, "folder_of", lambda name: tiny_model)
-    file = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.manual_seed(0)
-    tensors = {k: v + 0.1 * torch.randn_like(v) if v.ndim > 1 else v for k, v in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    tensors = {k: v + 0.1 * torch.randn_like(v) if v.ndim > 1 else v for k, v in load_file(unet_file).items()}
+    save_file(tensors, unet_file, metadata={"format": "pt"})
     drawn = {}
     for scale, truncation in ((1.0, 1.0), (0.25, 1.0), (0.25, 0.5)):
         out = tmp_path / f"{scale}-{truncation}"
