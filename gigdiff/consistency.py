@@ -1,4 +1,4 @@
-"""Consistency distillation as pure functions: the knots, the teacher's step between two of them, and the distance.
+"""Distillation along a teacher's path as pure functions: the knots, the teacher's way from one to the next, distances.
 
 A consistency model f maps a point of any noise level on the teacher's probability-flow path straight to the path's
 clean end (Song et al. 2023, arXiv 2303.01469). It is trained only at the knots that it is sampled at: those of
@@ -18,7 +18,17 @@ from torch import Tensor
 from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity
 from gigdiff.errors import InputError
 
-__all__ = ["clean_from", "consistency_distance", "consistency_target", "huber", "knot_timesteps", "solver_step"]
+__all__ = [
+    "clean_between",
+    "clean_from",
+    "consistency_distance",
+    "consistency_target",
+    "huber",
+    "knot_timesteps",
+    "path_levels",
+    "path_points",
+    "solver_step",
+]
 
 
 def knot_timesteps(count: int, num_train_timesteps: int = 1000) -> Tensor:
@@ -55,6 +65,52 @@ def solver_step(
     middle = (log_sigma + next_log_sigma) / 2
     halfway = move(clean(z, log_sigma), middle)
     return move(clean(halfway, middle), next_log_sigma)
+
+
+def path_levels(table: Tensor, count: int) -> Tensor:
+    """log sigma (count,) at diffusers' "trailing" timesteps of `count` steps, falling. table: `log_sigmas`."""
+    timesteps = (torch.arange(count, 0, -1, dtype=torch.float64) * (len(table) / count)).round().long() - 1
+    return table[timesteps.to(table.device)]
+
+
+def path_points(clean: Callable[[Tensor, Tensor], Tensor], noise: Tensor, levels: Tensor) -> Tensor:
+    """The points that DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) draws through, down to clean.
+
+    With y = z / alpha and h = log(sigma / sigma'): y' = (sigma' / sigma) y + (1 - sigma' / sigma) D, where D is the
+    clean estimate x, but between two other steps x + (h / (2 h_before)) (x - x_before).
+
+    Args:
+        clean: (z (N, ...), log_sigma (N,)) -> the clean estimate, like z; called once a level.
+        noise: z at the first level (N, ...). levels: log sigma of every step (S,), falling.
+
+    Returns:
+        (S + 1, N, ...): z at every level, and the clean end.
+    """
+    points, before = [noise], noise
+    for i, level in enumerate(levels):
+        z, here = points[-1], level.expand(len(noise))
+        x = clean(z, here)
+        if i + 1 == len(levels):
+            points.append(x)
+            break
+        h = level - levels[i + 1]
+        direction = x if i == 0 else x + h / (2 * (levels[i - 1] - level)) * (x - before)
+        to, shrink = levels[i + 1].expand(len(noise)), (-h).exp()
+        alpha, alpha_to = alpha_beta(here, z)[0], alpha_beta(to, z)[0]
+        points.append(alpha_to * (shrink * z / alpha + (1 - shrink) * direction))
+        before = x
+    return torch.stack(points)
+
+
+def clean_between(z: Tensor, nearer: Tensor, log_sigma: Tensor, next_log_sigma: Tensor) -> Tensor:
+    """The clean estimate with which one step of DDIM leads from z to `nearer` (Salimans and Ho 2022, arXiv 2202.00512,
+    appendix G): x = (y' - r y) / (1 - r) with y = z / alpha and r = sigma' / sigma.
+
+    Args:
+        z, nearer: (N, ...). log_sigma: of z (N,). next_log_sigma: of `nearer` (N,), lower; -inf is clean.
+    """
+    r = (next_log_sigma - log_sigma).exp().view(-1, *[1] * (z.ndim - 1))
+    return (nearer / alpha_beta(next_log_sigma, z)[0] - r * z / alpha_beta(log_sigma, z)[0]) / (1 - r)
 
 
 def clean_from(prediction: Tensor, z: Tensor, log_sigma: Tensor, prediction_type: str) -> Tensor:

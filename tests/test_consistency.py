@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
-from gigdiff.consistency import clean_from, consistency_distance, huber, knot_timesteps, solver_step
-from gigdiff.diffusion import add_noise, velocity
+from gigdiff.consistency import (
+    clean_between,
+    clean_from,
+    consistency_distance,
+    huber,
+    knot_timesteps,
+    path_levels,
+    path_points,
+    solver_step,
+)
+from gigdiff.diffusion import add_noise, log_sigmas, velocity
 from gigdiff.errors import InputError
+
+Clean = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @pytest.mark.parametrize("knots", [4, 8, 20])
@@ -109,3 +122,46 @@ def test_a_student_that_knows_the_end_is_at_no_distance_and_one_that_does_not_is
     assert distance.max() < 0.02 and asked == [[0, 1, 2, 0], [1, 2, 3, 1]]
     wrong = consistency_distance(lambda z, at: x + 1, student, lambda z, level: x, x, noise, knot, levels)
     assert torch.allclose(wrong, torch.full((4,), 18**0.5, dtype=torch.float64), atol=0.05)
+
+
+def drawn_by(scheduler: DPMSolverMultistepScheduler | DDIMScheduler, clean: Clean, z: torch.Tensor, steps: int) -> list:
+    """The points that a diffusers scheduler goes through from z, of a teacher that gives clean estimates."""
+    scheduler.set_timesteps(steps)
+    points = [z]
+    for t in scheduler.timesteps:
+        a = scheduler.alphas_cumprod[t].double()
+        level = (0.5 * ((1 - a) / a).log()).expand(len(z))
+        points.append(scheduler.step(clean(points[-1], level), t, points[-1]).prev_sample)
+    return points
+
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "sample"}
+
+
+def wavy(z: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+    """A teacher's clean estimate that is no linear function of anything."""
+    return torch.sin(3 * z + log_sigma.view(-1, 1, 1, 1)) * 0.8
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 12])
+def test_a_path_is_the_one_that_diffusers_solver_draws_through(steps: int) -> None:
+    torch.manual_seed(0)
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing", **SCHEDULE)
+    levels = path_levels(log_sigmas(scheduler.alphas_cumprod).double(), steps)
+    noise = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    ours = path_points(wavy, noise, levels)
+    for mine, theirs in zip(ours, drawn_by(scheduler, wavy, noise, steps), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)  # diffusers' sigmas are in float32
+
+
+def test_a_student_that_learnt_what_leads_along_a_path_draws_its_end_in_ddim_steps() -> None:
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **SCHEDULE)
+    table = log_sigmas(scheduler.alphas_cumprod).double()
+    points = path_points(wavy, torch.randn(3, 2, 4, 4, dtype=torch.float64), path_levels(table, 12))[::3]
+    levels = [*table[knot_timesteps(4)][1:].flip(0), torch.tensor(-torch.inf, dtype=torch.float64)]
+    leading = [clean_between(*points[i : i + 2], levels[i].expand(3), levels[i + 1].expand(3)) for i in range(4)]
+    known = iter(leading)
+    drawn = drawn_by(scheduler, lambda z, level: next(known), points[0], 4)
+    assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(points, drawn, strict=True))
+    assert torch.equal(leading[-1], points[-1])  # nearest to clean it is the end itself

@@ -2,11 +2,15 @@
 
     accelerate launch training/distill.py --config configs/distill_mini.yaml
 
-The student starts as a copy of the teacher. Three terms, each with its weight, teach it to get from a noisy photo at
+The student starts as a copy of the teacher. Five terms, each with its weight, teach it to get from a noisy photo at
 one of a few knots of the noise schedule to a clean one:
 
 `--guidance_weight`: what the guided teacher says at the same knot, in one pass instead of two (Meng et al. 2023, arXiv
 2210.03142, section 3.1). The student keeps the teacher's solver, whose steps fall on the knots.
+
+`--path_weight`: progressive distillation (Salimans and Ho 2022, arXiv 2202.00512) along whole paths. The guided
+teacher draws from noise, `--path_steps` steps from a knot to the next, and at every knot the student learns what leads
+from there to the next in one step: of DDIM, with whose scheduler it is saved.
 
 `--consistency_weight`: consistency distillation (Song et al. 2023, arXiv 2303.01469; Luo et al. 2023, arXiv
 2310.04378). The guided teacher takes one second-order solver step to the next knot, and the student is trained to give
@@ -43,11 +47,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
 
 from gigdiff import rng
 from gigdiff.attention import set_attention
-from gigdiff.consistency import consistency_target, huber, knot_timesteps, solver_step
+from gigdiff.consistency import (
+    clean_between,
+    consistency_target,
+    huber,
+    knot_timesteps,
+    path_levels,
+    path_points,
+    solver_step,
+)
 from gigdiff.data.encoded import EncodedProducts
 from gigdiff.diffusion import add_noise, alpha_beta, clean_from_velocity, log_sigmas
 from gigdiff.errors import GigdiffError, InputError, ModelMismatchError
@@ -71,7 +83,7 @@ from gigdiff.generators.shared_vae import latent_space_of
 from gigdiff.precision import autocast_dtype, training_precision
 from gigdiff.pretrained import card as card_of
 
-TERMS = ("guidance", "consistency", "adversarial", "distribution")
+TERMS = ("guidance", "path", "consistency", "adversarial", "distribution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +104,9 @@ class DistillConfig:
         guidance_scale: the teacher's guidance, which the student learns; none = the teacher's own default.
         knots: noise levels that the student knows, in equal steps of time; it can draw in any divisor of it.
         guidance_weight: weight of the squared error to the guided teacher's velocity; 0 is off.
+        path_weight: weight of the squared error to what leads along the guided teacher's own paths; 0 is off. The knots
+            of a path share a batch: train_batch_size and num_validation_images count images at all of them.
+        path_steps: the teacher's steps on such a path, from a knot to the next.
         consistency_weight: weight of the consistency distance; 0 is off.
         adversarial_weight: weight of the discriminator's judgement; 0 is off.
         adversarial_knots: how many knots it judges, the noisiest first; half the photos are at these then, the other
@@ -152,6 +167,8 @@ class DistillConfig:
     guidance_scale: float | None = None
     knots: int = 8
     guidance_weight: float = 0.0
+    path_weight: float = 0.0
+    path_steps: int = 2
     consistency_weight: float = 1.0
     adversarial_weight: float = 0.0
     adversarial_knots: int | None = None
@@ -228,19 +245,22 @@ def make_batch(data: EncodedProducts, positions: range, config: DistillConfig, l
     """The samples at `positions` of the endless stream; each depends on (seed, position) alone.
 
     Knots go round with the position, so that every step sees all of them alike; where a discriminator judges some only,
-    every other position is at one of these.
+    every other position is at one of these. On paths the positions of a round share what is sampled.
     """
-    indices = samples_at(positions, len(data), config.seed)
+    repeats = config.knots if config.path_weight > 0 else 1
+    sampled = range(positions.start // repeats, positions.stop // repeats)
+    indices = samples_at(sampled, len(data), config.seed)
     latents = data.latents(indices)
-    noise = rng.normal(latents.shape[1:], config.seed, "distillation noise", positions)
+    noise = rng.normal(latents.shape[1:], config.seed, "distillation noise", sampled)
     judged = config.adversarial_knots
     if judged is None:
         knot = torch.tensor([1 + position % config.knots for position in positions])
     else:
         others = config.knots - judged
         knot = torch.tensor([others + 1 + p // 2 % judged if p % 2 else 1 + p // 2 % others for p in positions])
-    choices = [(index, position // len(data)) for index, position in zip(indices, positions, strict=True)]
-    return Batch(latents, data.conditions(choices, length), noise, knot)
+    choices = [(index, position // len(data)) for index, position in zip(indices, sampled, strict=True)]
+    shared = (latents, data.conditions(choices, length), noise)
+    return Batch(*(x.repeat_interleave(repeats, 0) for x in shared), knot)
 
 
 class Distillation:
@@ -269,11 +289,30 @@ class Distillation:
 
     def guidance_loss(self, made: torch.Tensor, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N,): squared error of `made`, the student's clean ends from `z`, to the guided teacher's, as velocities."""
-        here = self.levels[batch.knot]
         with torch.no_grad():
-            end = self.teacher.clean(batch.condition)(z, here)
-        # x = alpha z - beta v, so errors of v are those of x over beta.
-        return ((made - end) / alpha_beta(here, z)[1]).square().flatten(1).mean(1)
+            ends = self.teacher.clean(batch.condition)(z, self.levels[batch.knot])
+        return self.velocity_error(made, ends, batch.knot)
+
+    def velocity_error(self, made: torch.Tensor, ends: torch.Tensor, knot: torch.Tensor) -> torch.Tensor:
+        """(N,): squared error of clean latents `made` to `ends`, as velocities: x = alpha z - beta v."""
+        return ((made - ends) / alpha_beta(self.levels[knot], made)[1]).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def along_paths(self, batch: Batch, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Points of the guided teacher's paths at the batch's knots, and the clean estimates that lead to the next.
+
+        batch: rounds of the knots from 1, each of one text and noise. steps: of the teacher, from a knot to the next.
+
+        Returns:
+            Both (N, C, h, w).
+        """
+        knots = len(self.levels) - 1
+        one = batch.part((batch.knot == knots).nonzero()[:, 0])
+        levels = path_levels(self.teacher.table, knots * steps)
+        points = path_points(self.teacher.clean(one.condition), one.noise, levels)[::steps]
+        z, nearer = (x.flip(0).transpose(0, 1).flatten(0, 1) for x in (points[:-1], points[1:]))
+        next_levels = torch.where(batch.knot == 1, -torch.inf, self.levels[batch.knot - 1])
+        return z, clean_between(z, nearer, self.levels[batch.knot], next_levels)
 
     def consistency_loss(self, made: torch.Tensor, target_of: Any, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N,): how far `made`, the student's ends from `z`, lie from those by way of the next knot.
@@ -298,15 +337,14 @@ class Distillation:
         return z * (1 + (2 * self.levels[0]).exp()).sqrt()
 
 
-def build_scheduler(teacher: Any, knots: int) -> LCMScheduler:
-    """The teacher's noise schedule, sampled at the knots: x by the student, then noise of the next level (LCM)."""
-    return LCMScheduler.from_config(
-        {k: v for k, v in teacher.config.items() if k in ("beta_start", "beta_end", "beta_schedule", "trained_betas")},
-        num_train_timesteps=teacher.config["num_train_timesteps"],
-        prediction_type="v_prediction",
-        original_inference_steps=knots,
-        clip_sample=False,
-        set_alpha_to_one=True,
+def schedulers_of(teacher: Any, knots: int) -> tuple[DDIMScheduler, LCMScheduler]:
+    """The teacher's noise schedule, sampled at the knots: by DDIM; and by x, then noise of the next level (LCM)."""
+    kept = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps")
+    config = {k: v for k, v in teacher.config.items() if k in kept}
+    config |= {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True}
+    return (
+        DDIMScheduler.from_config(config, timestep_spacing="trailing"),
+        LCMScheduler.from_config(config, original_inference_steps=knots),
     )
 
 
@@ -330,6 +368,15 @@ def main(argv: list[str] | None = None) -> None:
             f"--adversarial_knots {judged} needs --adversarial_weight above 0 and a number from 1 to below --knots "
             f"{config.knots}; leave it out to have all judged"
         )
+    if config.path_weight > 0:
+        if judged is not None:
+            raise InputError(f"--path_weight has all knots alike: leave --adversarial_knots {judged} out")
+        for flag in ("train_batch_size", "num_validation_images"):
+            if getattr(config, flag) % config.knots:
+                raise InputError(
+                    f"--{flag} {getattr(config, flag)} must be a multiple of --knots {config.knots}: with "
+                    "--path_weight it counts images at all knots of a path"
+                )
     beta1 = config.adam_beta1
     if beta1 is None:
         beta1 = 0.0 if config.adversarial_weight > 0 else 0.9
@@ -368,10 +415,12 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         lighten(student)
     chosen = set_attention(student, config.attention, training=True, dtype=autocast_dtype(config.mixed_precision))
-    # With the guidance term the student stands in for the teacher, in its solver; else it jumps to the end and back,
-    # which from a single knot is what a solver does too.
-    jumping = build_scheduler(drawing.scheduler, config.knots)
+    # With the guidance term the student stands in for the teacher, in its solver; along paths its steps are DDIM's;
+    # else it jumps to the end and back, which from a single knot is what a solver does too.
+    stepping, jumping = schedulers_of(drawing.scheduler, config.knots)
     scheduler = drawing.scheduler if config.guidance_weight > 0 or config.knots == 1 else jumping
+    if config.path_weight > 0:
+        scheduler = stepping
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
     table = log_sigmas(jumping.alphas_cumprod).to(device)
     task = Distillation(Teacher(teacher, train.conditions([None], length).to(device), scale, table), timesteps)
@@ -440,7 +489,8 @@ def main(argv: list[str] | None = None) -> None:
         if adversary is not None:
             looked_at = len(batch.noise) if judged is None else len(batch.noise) // 2
             adversary.record(batch.noise[:looked_at], precision)
-        task.teacher.record(batch.noise, batch.condition, precision)
+        rows = len(batch.noise) // (config.knots if config.path_weight > 0 else 1)
+        task.teacher.record(batch.noise[:rows], batch.condition[:rows], precision)
         recorded = recorded_unet(student, example, precision)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     if adversary is not None:
@@ -468,9 +518,17 @@ def main(argv: list[str] | None = None) -> None:
         ends = task.path_end(fixed.noise, fixed.condition)
         spread = (ends - ends.mean(0)).square().mean()
 
-    def regression(made: torch.Tensor, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def starts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the student is given (N, C, h, w), and where that lies on the teacher's paths what leads along them."""
+        if config.path_weight > 0:
+            return task.along_paths(batch, config.path_steps)
+        return task.noisy(batch, alone), None
+
+    def regression(made: torch.Tensor, z: torch.Tensor, leading: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """The terms that have a target, with their weights; scalar."""
         loss = torch.zeros((), device=device)
+        if leading is not None:
+            loss = loss + config.path_weight * task.velocity_error(made, leading, batch.knot).mean()
         if config.guidance_weight > 0:  # where a drawing is judged it is not to be the mean of all that it might be
             rest = (batch.knot <= config.knots - (judged or 0)).nonzero()[:, 0]
             guided_loss = task.guidance_loss(made[rest], z[rest], batch.part(rest))
@@ -479,6 +537,9 @@ def main(argv: list[str] | None = None) -> None:
             # The student's own latest weights give the target: an average lags behind in so short a training.
             loss = loss + config.consistency_weight * task.consistency_loss(made, student, z, batch).mean()
         return loss
+
+    with accelerator.autocast():
+        fixed_starts = starts(fixed)
 
     @contextlib.contextmanager
     def averaged_weights() -> Iterator[None]:
@@ -497,8 +558,8 @@ def main(argv: list[str] | None = None) -> None:
         photos, each channel as it shows."""
         student.eval()
         with averaged_weights(), accelerator.autocast():
-            z = task.noisy(fixed, alone)
-            loss = regression(task.clean(student, z, fixed.knot, fixed.condition), z, fixed)
+            z, leading = fixed_starts
+            loss = regression(task.clean(student, z, fixed.knot, fixed.condition), z, leading, fixed)
             noisiest = torch.full_like(fixed.knot, config.knots)
             made = task.clean(student, fixed.noise, noisiest, fixed.condition)
         student.train()
@@ -567,9 +628,9 @@ def main(argv: list[str] | None = None) -> None:
         batch = batch.to(device)
         values: dict[str, float] = {}
         with accelerator.autocast():
-            z = task.noisy(batch, alone)
+            z, leading = starts(batch)
             made = task.clean(recorded or wrapped, z, batch.knot, batch.condition)
-            loss = regression(made, z, batch)
+            loss = regression(made, z, leading, batch)
         if adversary is not None and chances is not None:
             chances = chances.to(device)
             chosen = chosen.to(device)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import gigdiff
-from gigdiff.consistency import knot_timesteps
+from gigdiff.consistency import knot_timesteps, path_levels, path_points
+from gigdiff.diffusion import log_sigmas
 from gigdiff.errors import InputError
 from gigdiff.fit.teacher import Teacher
 from gigdiff.lora import adaptable, extract
@@ -166,6 +167,8 @@ def test_a_killed_run_of_matching_resumes_bit_for_bit(
         (("--adversarial_knots", "1"), "needs --adversarial_weight above 0"),
         (("--distribution_weight", "1", "--distribution_updates", "0"), "at least 1"),
         (("--num_inference_steps", "3"), "must divide --knots 4"),
+        (("--path_weight", "1", "--train_batch_size", "6"), "--train_batch_size 6 must be a multiple of --knots 4"),
+        (("--path_weight", "1", "--adversarial_weight", "1", "--adversarial_knots", "1"), "has all knots alike"),
         (("--rank", "2"), "a LoRA needs both"),
         (("--rank", "0", "--unet_of", "mini"), "a rank of 1 or more"),
     ],
@@ -175,6 +178,8 @@ def test_a_killed_run_of_matching_resumes_bit_for_bit(
         "knots for nobody",
         "no updates",
         "steps between knots",
+        "a path cut short",
+        "a path judged in parts",
         "a rank over nothing",
         "no rank",
     ],
@@ -253,6 +258,48 @@ def test_the_guidance_loss_is_the_squared_error_of_velocities(tiny_model: Path) 
         made = a.sqrt() * z - (1 - a).sqrt() * made_v
         expected = (made_v - (u + 3.0 * (c - u))).square().mean((1, 2, 3))
         assert torch.allclose(task.guidance_loss(made, z, batch), expected, rtol=1e-3)
+
+
+def test_a_student_of_paths_ends_where_its_teachers_paths_end(
+    tiny_model: Path, catalogue: Path, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    more = (
+        "--path_weight", "1", "--consistency_weight", "0", "--guidance_scale", "5", "--path_steps", "3",
+        "--learning_rate", "1e-3", "--max_train_steps", "60", "--validation_steps", "20", "--train_batch_size", "16",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    helpers.run("distill.py", *flags(tiny_model, catalogue, whole[0], run), *more)
+    measured = [line["validation_loss"] for line in helpers.logged(run, KEYS) if "validation_loss" in line]
+    assert measured[-1] < 0.7 * measured[0]
+    student = gigdiff.load(run / "model", dtype="float32")
+    assert type(student.scheduler).__name__ == "DDIMScheduler"  # type: ignore[attr-defined]
+    card = json.loads((run / "model" / "gigdiff.json").read_text())
+    assert (card["num_inference_steps"], card["guidance_scale"], card["baked_guidance"]) == (4, 1.0, 5.0)
+    assert gigdiff.generate("red handbag", model=student, seed=5, num_inference_steps=4, upscale=False)
+
+
+def test_a_rounds_points_lie_on_one_path_and_what_leads_from_each_is_in_its_place(tiny_model: Path) -> None:
+    generator = gigdiff.load(tiny_model, dtype="float32")
+    stepping, _ = distill.schedulers_of(generator.scheduler, 4)  # type: ignore[attr-defined]
+    table = log_sigmas(stepping.alphas_cumprod)
+    torch.manual_seed(0)
+    teacher = Teacher(generator.unet, torch.randn(1, 33, 384), 3.0, table)  # type: ignore[attr-defined]
+    latents, noise = torch.randn(2, 2, 4, 10, 8)
+    condition = torch.randn(2, 33, 384)
+    shared = (x.repeat_interleave(4, 0) for x in (latents, condition, noise))
+    batch = distill.Batch(*shared, torch.tensor([1, 2, 3, 4] * 2))
+    z, leading = distill.Distillation(teacher, knot_timesteps(4)).along_paths(batch, 2)
+    assert torch.equal(z[3::4], noise)
+    with torch.no_grad():
+        ends = path_points(teacher.clean(condition), noise, path_levels(table, 8))[-1]
+    stepping.set_timesteps(4)
+    drawn, alphas = noise, stepping.alphas_cumprod
+    for knot, t in zip((4, 3, 2, 1), stepping.timesteps, strict=True):
+        assert torch.allclose(drawn, z[knot - 1 :: 4], atol=1e-4)
+        x, a = leading[knot - 1 :: 4], alphas[t]
+        velocity = (a.sqrt() * drawn - x) / (1 - a).sqrt()
+        drawn = stepping.step(velocity, t, drawn).prev_sample
+    assert torch.allclose(drawn, ends, atol=1e-4)
 
 
 def test_a_teacher_of_another_kind_is_refused(tiny_model: Path, catalogue: Path, tmp_path: Path) -> None:
