@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import gigdiff
@@ -90,3 +93,29 @@ def test_reused_guidance_saves_a_quarter_and_hardly_changes_the_picture() -> Non
     )
     squared = ((plain - reused) ** 2).mean()
     assert squared > 0 and 10 * np.log10(255**2 / squared) > 30
+
+
+@pytest.mark.parametrize("name", ["mini-turbo", "mini-flash"])
+def test_a_student_is_a_lora_that_stock_diffusers_draws_alike(name: str) -> None:
+    """As the model card says: the base's folder, this folder's LoRA and scheduler, and gigdiff's prompt embeddings."""
+    from diffusers import StableDiffusionPipeline
+
+    ours: Any = gigdiff.load(name, device="cpu", dtype="float32")
+    folder = folder_of(name)
+    stock = StableDiffusionPipeline.from_pretrained(folder_of("mini"), text_encoder=None, tokenizer=None)
+    stock.load_lora_weights(folder / "unet")
+    stock.scheduler = type(ours.scheduler).from_pretrained(folder / "scheduler")
+    stock.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        images = stock(
+            prompt_embeds=ours.text_encoder.encode(["red wool coat"]).condition(),
+            generator=torch.Generator("cpu").manual_seed(1),
+            num_inference_steps=card(folder)["num_inference_steps"],
+            guidance_scale=1.0,
+            height=80,
+            width=64,
+            output_type="np",
+        ).images
+    picture = gigdiff.generate("red wool coat", model=ours, seed=1, upscale=False)
+    difference = np.abs((images[0] * 255).round() - np.asarray(picture).astype(float))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01

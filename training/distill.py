@@ -27,8 +27,9 @@ say of it differently. At the noisiest knot the student then starts from noise a
 whenever that is its only one.
 
 With `--unet_of` and `--rank` the student is a LoRA over an embedded model's UNet. To make one of a student that was
-trained whole, give that as the teacher, with `--guidance_weight 1 --guidance_scale 1`: the LoRA then learns what it
-draws, which keeps more of it than the nearest weights of that rank do.
+trained whole, start from that (`--student`) and go on with its terms: the nearest weights of that rank alone would keep
+less of it. For terms that take long, give it as the teacher too, with `--guidance_weight 1 --guidance_scale 1`: the
+LoRA then learns what it draws.
 
 The student draws at guidance 1.
 """
@@ -511,7 +512,12 @@ def main(argv: list[str] | None = None) -> None:
     log = JsonLines(out / "log.jsonl", first_step) if main_process else None
     accelerator.init_trackers("logs")
 
-    fixed = make_batch(held_out, range(len(held_out)), dataclasses.replace(config, seed=config.seed + 1), length)
+    whole_rounds = len(held_out) - (len(held_out) % config.knots if config.path_weight > 0 else 0)
+    if whole_rounds == 0:
+        raise InputError(
+            f"{len(held_out)} held-out photos are fewer than --knots {config.knots}: a path needs one a knot"
+        )
+    fixed = make_batch(held_out, range(whole_rounds), dataclasses.replace(config, seed=config.seed + 1), length)
     fixed = fixed.to(device)
     weights = view_of(vae, held_out, None, device).weights
     with torch.no_grad(), accelerator.autocast():

@@ -142,7 +142,8 @@ def model_card(
     network, how = "diffusers' UNet2DConditionModel, v-prediction", "reads this folder too"
     if config.unet_of is not None:
         network = f"a LoRA on the UNet of `{config.unet_of}`, folded in when it is loaded"
-        how = f'draws the same by `load_lora_weights("{name}/unet")` on `{config.unet_of}`\'s folder and this `scheduler/`'
+        lora = f'`load_lora_weights("{name}/unet")`'
+        how = f"draws the same by {lora} on `{config.unet_of}`'s folder and this `scheduler/`"
     return f"""---
 license: apache-2.0
 library_name: gigdiff

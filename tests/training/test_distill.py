@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -264,18 +265,32 @@ def test_a_student_of_paths_ends_where_its_teachers_paths_end(
     tiny_model: Path, catalogue: Path, whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
     more = (
-        "--path_weight", "1", "--consistency_weight", "0", "--guidance_scale", "5", "--path_steps", "3",
-        "--learning_rate", "1e-3", "--max_train_steps", "60", "--validation_steps", "20", "--train_batch_size", "16",
+        "--path_weight", "1", "--consistency_weight", "0", "--guidance_scale", "20", "--path_steps", "2",
+        "--learning_rate", "1e-3", "--max_train_steps", "40", "--validation_steps", "20",
     )  # fmt: skip
-    run = tmp_path / "run"
-    helpers.run("distill.py", *flags(tiny_model, catalogue, whole[0], run), *more)
-    measured = [line["validation_loss"] for line in helpers.logged(run, KEYS) if "validation_loss" in line]
-    assert measured[-1] < 0.7 * measured[0]
-    student = gigdiff.load(run / "model", dtype="float32")
-    assert type(student.scheduler).__name__ == "DDIMScheduler"  # type: ignore[attr-defined]
-    card = json.loads((run / "model" / "gigdiff.json").read_text())
-    assert (card["num_inference_steps"], card["guidance_scale"], card["baked_guidance"]) == (4, 1.0, 5.0)
-    assert gigdiff.generate("red handbag", model=student, seed=5, num_inference_steps=4, upscale=False)
+    helpers.run("distill.py", *flags(tiny_model, catalogue, whole[0], tmp_path), *more)
+    card = json.loads((tmp_path / "model" / "gigdiff.json").read_text())
+    assert (card["num_inference_steps"], card["guidance_scale"], card["baked_guidance"]) == (4, 1.0, 20.0)
+
+    student, teacher = (gigdiff.load(m, dtype="float32") for m in (tmp_path / "model", tiny_model))
+    scheduler = student.scheduler  # type: ignore[attr-defined]
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    table = log_sigmas(scheduler.alphas_cumprod)
+    texts = student.text_encoder.encode(["", "red handbag", "blue watch", "green shirt"]).condition()  # type: ignore[attr-defined]
+    noise = torch.randn(3, 4, 10, 8, generator=torch.Generator().manual_seed(1))
+
+    def end(unet: Any) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        z = noise
+        for t in scheduler.timesteps:
+            z = scheduler.step(unet(z, t, texts[1:], return_dict=False)[0], t, z).prev_sample
+        return z
+
+    with torch.no_grad():
+        clean = Teacher(teacher.unet, texts[:1], 20.0, table).clean(texts[1:])  # type: ignore[attr-defined]
+        aim = path_points(clean, noise, path_levels(table, 8))[-1]
+        before, after = ((end(g.unet) - aim).square().mean() for g in (teacher, student))  # type: ignore[attr-defined]
+    assert after < 0.85 * before, (before, after)
 
 
 def test_a_rounds_points_lie_on_one_path_and_what_leads_from_each_is_in_its_place(tiny_model: Path) -> None:
