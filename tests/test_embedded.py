@@ -95,7 +95,7 @@ def test_reused_guidance_saves_a_quarter_and_hardly_changes_the_picture() -> Non
     assert squared > 0 and 10 * np.log10(255**2 / squared) > 30
 
 
-@pytest.mark.parametrize("name", ["mini-turbo", "mini-flash"])
+@pytest.mark.parametrize("name", ["mini-turbo", pytest.param("mini-flash", marks=pytest.mark.slow)])
 def test_a_student_is_a_lora_that_stock_diffusers_draws_alike(name: str) -> None:
     """As the model card says: the base's folder, this folder's LoRA and scheduler, and gigdiff's prompt embeddings."""
     from diffusers import StableDiffusionPipeline

@@ -106,6 +106,7 @@ def test_int8_leaves_the_first_and_last_layers_alone(tiny_model: Path, cache: Pa
     assert not any(part in name for name in in_int8 for part in ("conv_in", "conv_out", "time_embedding"))
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_runtimes_measures_each(tiny_model: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "runtimes.py"
     command = [sys.executable, str(script), "--model", str(tiny_model), "--rows", "2", "--repeats", "2"]
