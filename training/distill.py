@@ -224,6 +224,11 @@ class DistillConfig:
     report_to: str = "tensorboard"
     max_train_samples: int | None = None
 
+    @property
+    def shared_by(self) -> int:
+        """How many samples in turn have one photo, text and noise: a path's knots; else each has its own."""
+        return self.knots if self.path_weight > 0 else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -248,8 +253,7 @@ def make_batch(data: EncodedProducts, positions: range, config: DistillConfig, l
     Knots go round with the position, so that every step sees all of them alike; where a discriminator judges some only,
     every other position is at one of these. On paths the positions of a round share what is sampled.
     """
-    repeats = config.knots if config.path_weight > 0 else 1
-    sampled = range(positions.start // repeats, positions.stop // repeats)
+    sampled = range(positions.start // config.shared_by, positions.stop // config.shared_by)
     indices = samples_at(sampled, len(data), config.seed)
     latents = data.latents(indices)
     noise = rng.normal(latents.shape[1:], config.seed, "distillation noise", sampled)
@@ -261,7 +265,7 @@ def make_batch(data: EncodedProducts, positions: range, config: DistillConfig, l
         knot = torch.tensor([others + 1 + p // 2 % judged if p % 2 else 1 + p // 2 % others for p in positions])
     choices = [(index, position // len(data)) for index, position in zip(indices, sampled, strict=True)]
     shared = (latents, data.conditions(choices, length), noise)
-    return Batch(*(x.repeat_interleave(repeats, 0) for x in shared), knot)
+    return Batch(*(x.repeat_interleave(config.shared_by, 0) for x in shared), knot)
 
 
 class Distillation:
@@ -369,15 +373,14 @@ def main(argv: list[str] | None = None) -> None:
             f"--adversarial_knots {judged} needs --adversarial_weight above 0 and a number from 1 to below --knots "
             f"{config.knots}; leave it out to have all judged"
         )
-    if config.path_weight > 0:
-        if judged is not None:
-            raise InputError(f"--path_weight has all knots alike: leave --adversarial_knots {judged} out")
-        for flag in ("train_batch_size", "num_validation_images"):
-            if getattr(config, flag) % config.knots:
-                raise InputError(
-                    f"--{flag} {getattr(config, flag)} must be a multiple of --knots {config.knots}: with "
-                    "--path_weight it counts images at all knots of a path"
-                )
+    if config.path_weight > 0 and judged is not None:
+        raise InputError(f"--path_weight has all knots alike: leave --adversarial_knots {judged} out")
+    for flag in ("train_batch_size", "num_validation_images"):
+        if getattr(config, flag) % config.shared_by:
+            raise InputError(
+                f"--{flag} {getattr(config, flag)} must be a multiple of --knots {config.knots}: with "
+                "--path_weight it counts images at all knots of a path"
+            )
     beta1 = config.adam_beta1
     if beta1 is None:
         beta1 = 0.0 if config.adversarial_weight > 0 else 0.9
@@ -419,9 +422,10 @@ def main(argv: list[str] | None = None) -> None:
     # With the guidance term the student stands in for the teacher, in its solver; along paths its steps are DDIM's;
     # else it jumps to the end and back, which from a single knot is what a solver does too.
     stepping, jumping = schedulers_of(drawing.scheduler, config.knots)
-    scheduler = drawing.scheduler if config.guidance_weight > 0 or config.knots == 1 else jumping
     if config.path_weight > 0:
         scheduler = stepping
+    else:
+        scheduler = drawing.scheduler if config.guidance_weight > 0 or config.knots == 1 else jumping
     timesteps = knot_timesteps(config.knots, scheduler.config["num_train_timesteps"]).to(device)
     table = log_sigmas(jumping.alphas_cumprod).to(device)
     task = Distillation(Teacher(teacher, train.conditions([None], length).to(device), scale, table), timesteps)
@@ -490,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
         if adversary is not None:
             looked_at = len(batch.noise) if judged is None else len(batch.noise) // 2
             adversary.record(batch.noise[:looked_at], precision)
-        rows = len(batch.noise) // (config.knots if config.path_weight > 0 else 1)
+        rows = len(batch.noise) // config.shared_by
         task.teacher.record(batch.noise[:rows], batch.condition[:rows], precision)
         recorded = recorded_unet(student, example, precision)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
@@ -512,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     log = JsonLines(out / "log.jsonl", first_step) if main_process else None
     accelerator.init_trackers("logs")
 
-    whole_rounds = len(held_out) - (len(held_out) % config.knots if config.path_weight > 0 else 0)
+    whole_rounds = len(held_out) - len(held_out) % config.shared_by
     if whole_rounds == 0:
         raise InputError(
             f"{len(held_out)} held-out photos are fewer than --knots {config.knots}: a path needs one a knot"
@@ -525,7 +529,7 @@ def main(argv: list[str] | None = None) -> None:
         spread = (ends - ends.mean(0)).square().mean()
 
     def starts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the student is given (N, C, h, w), and where that lies on the teacher's paths what leads along them."""
+        """What the student is given (N, C, h, w), and, of points on the teacher's paths, what leads along them."""
         if config.path_weight > 0:
             return task.along_paths(batch, config.path_steps)
         return task.noisy(batch, alone), None

@@ -4,10 +4,10 @@
         --reports "[runs/quality/mini/report-names.json, runs/quality/mini/report-short.json]" \
         --output_dir gigdiff/pretrained/mini
 
-A student of distill.py, which draws through its teacher's autoencoder:
+A student of distill.py, which draws through its teacher's autoencoder, here as a LoRA on the teacher's UNet:
 
-    python training/package_model.py --unet_run runs/distill_mini --shared_vae mini --num_inference_steps 4 \
-        --guidance_scale 1 --output_dir gigdiff/pretrained/mini-turbo
+    python training/package_model.py --unet_run runs/distill_mini_lora --shared_vae mini --unet_of mini --rank 88 \
+        --num_inference_steps 4 --guidance_scale 1 --output_dir gigdiff/pretrained/mini-turbo
 """
 
 from __future__ import annotations
